@@ -1,0 +1,85 @@
+"""Reference cases: what the original code of each paper computes, for weights and inputs that a rule makes.
+
+A case (``tests/golden/FAMILY/NAME.json``) names the original's hyperparameters, the keys and shapes of its state dict,
+and samples of its outputs. No weight is stored: every tensor follows from its key and shape, so the original and this
+library see the same numbers.
+"""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent / "golden"
+
+
+def names(family: str) -> list[str]:
+    """Names of a family's cases."""
+    return sorted(f"{family}/{path.stem}" for path in (ROOT / family).glob("*.json"))
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / f"{name}.json").read_text())
+
+
+def _random(name: str) -> np.random.RandomState:
+    return np.random.RandomState(zlib.crc32(name.encode()))  # RandomState is frozen: one stream on every version
+
+
+def tensor_for(key: str, shape: list[int], dtype: str = "float32") -> torch.Tensor:
+    """Value of one checkpoint tensor, float32 on the CPU (integers: zeros)."""
+    if "float" not in dtype:
+        return torch.zeros(shape, dtype=getattr(torch, dtype))
+    rng, leaf = _random(key), key.rsplit(".", 1)[-1]
+    noise = rng.standard_normal(tuple(shape))
+    if leaf in ("A_log", "A_logs", "A_b_log"):
+        value = np.log(1.0 + 15.0 * rng.random_sample(tuple(shape)))
+    elif leaf in ("D", "Ds", "D_b"):
+        value = 1.0 + 0.1 * noise
+    elif leaf == "running_var":
+        value = 1.0 + 0.5 * rng.random_sample(tuple(shape))
+    elif leaf in ("dt_projs_bias", "dt_bias") or key.endswith(("dt_proj.bias", "dt_proj_b.bias")):
+        value = -3.0 + 0.5 * noise
+    elif len(shape) >= 2:
+        value = noise / np.sqrt(max(int(np.prod(shape[1:])), 1))
+    elif leaf == "weight":
+        value = 1.0 + 0.1 * noise
+    else:
+        value = 0.1 * noise
+    return torch.from_numpy(np.asarray(value, dtype=np.float32).reshape(shape))
+
+
+def weights(case: dict) -> dict[str, torch.Tensor]:
+    """Checkpoint of a case under the original's keys; overrides replace a whole tensor by one number."""
+    skipped, dtypes = case.get("constructed", ()), case.get("dtypes", {})
+    tensors = {
+        key: tensor_for(key, shape, dtypes.get(key, "float32"))
+        for key, shape in case["state_dict"].items()
+        if key not in skipped
+    }
+    for key, value in case.get("overrides", {}).items():
+        tensors[key] = torch.full_like(tensors[key], value)
+    return tensors
+
+
+def images(spec: dict) -> torch.Tensor:
+    """spec: {"name", "shape"}. Returns float32 noise of that shape."""
+    return torch.from_numpy(_random(spec["name"]).standard_normal(spec["shape"]).astype(np.float32))
+
+
+def array(spec: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A tensor that a case stores in full: {"shape", "values"}, C order."""
+    return torch.tensor(spec["values"], dtype=dtype).view(spec["shape"])
+
+
+def sample_error(expected: dict, tensor: torch.Tensor) -> float:
+    """Largest difference to a stored sample, over the standard deviation of the whole expected tensor."""
+    assert list(tensor.shape) == expected["shape"], f"shape {list(tensor.shape)}, expected {expected['shape']}"
+    flat = tensor.detach().double().flatten()
+    count = len(expected["values"])
+    index = np.linspace(0, flat.numel() - 1, count).round().astype(np.int64)
+    have, want = flat[torch.from_numpy(index)].numpy(), np.array(expected["values"])
+    assert np.isfinite(have).all(), "not finite"
+    return float(np.abs(want - have).max() / max(expected["std"], 1e-12))

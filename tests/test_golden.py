@@ -1,0 +1,34 @@
+"""Every backbone family against what its original code computes."""
+
+import golden_cases
+import pytest
+import torch
+
+import vision_ssm
+from vision_ssm.factory import families
+
+CASES = [(family, name) for family in sorted(families()) for name in golden_cases.names(family)]
+
+
+def test_every_family_has_cases():
+    covered = {family for family, _ in CASES}
+    assert covered == set(families()), f"no golden case for {set(families()) - covered}"
+
+
+@pytest.mark.parametrize("family,name", CASES, ids=[name.replace("/", "-") for _, name in CASES])
+def test_golden(family, name):
+    case = golden_cases.load(name)
+    model = vision_ssm.import_official(family, case["config"], golden_cases.weights(case))
+    image = golden_cases.images(case["input"])
+    with torch.inference_mode():
+        features = model.forward_intermediates(image)
+        logits = model(image) if "logits" in case["outputs"] else None
+    errors = {}
+    if logits is not None:
+        errors["logits"] = golden_cases.sample_error(case["outputs"]["logits"], logits)
+    stored = case["outputs"].get("features", [])
+    assert len(features) == len(stored)
+    for i, (expected, feature) in enumerate(zip(stored, features)):
+        errors[f"features[{i}]"] = golden_cases.sample_error(expected, feature)
+    assert max(errors.values()) < case["tolerance"], errors
+    assert sum(parameter.numel() for parameter in model.parameters()) == case["params"]

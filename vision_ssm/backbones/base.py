@@ -1,0 +1,330 @@
+"""What every backbone is and answers: written once, for all families."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import DropPath, trunc_normal_
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layers import build_mlp, get_norm
+from ..registry import BACKBONES
+from ..scans import build_scan
+
+MIN_IMAGE_SIZE = 32
+DEFAULT_PRETRAINED_CFG = dict(
+    input_size=(3, 224, 224),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bicubic",
+    crop_pct=224 / 256,
+)
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """Rates rising linearly from 0 to `rate` over all blocks, grouped by stage."""
+    rates = torch.linspace(0, rate, sum(depths)).tolist()
+    starts = [sum(depths[:i]) for i in range(len(depths))]
+    return [rates[start : start + depth] for start, depth in zip(starts, depths)]
+
+
+def resolve_scan(scan: str | dict | bool | None, default: dict) -> dict | bool:
+    """The scan of a block: `default`, another strategy, or `default` with some options replaced.
+
+    A dict without ``type`` changes options of the variant's own strategy; a name or a dict with ``type`` replaces it;
+    None is the default and False leaves the mixer out.
+    """
+    if scan is None:
+        return dict(default)
+    if scan is False:
+        return False
+    if isinstance(scan, str):
+        return {"type": scan}
+    if isinstance(scan, dict):
+        return dict(scan) if "type" in scan else {**default, **scan}
+    raise TypeError(f"scan is a strategy's name or a dict of options, got {scan!r}")
+
+
+class ScanBlock(nn.Module):
+    """Pre-norm residual block: a token mixer, then an MLP.
+
+    Args:
+        dim: width C.
+        scan: strategy of the mixer, for `build_scan`; False leaves the mixer out.
+        norm: norm of both branches, see `get_norm`.
+        mlp_ratio: hidden width of the MLP over `dim`; 0 leaves the MLP out.
+        mlp_act, mlp_gated, mlp_dropout: see `build_mlp`.
+        drop_path: probability of dropping a branch for a sample, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        scan: dict | bool,
+        *,
+        norm: str = "layer",
+        mlp_ratio: float = 4.0,
+        mlp_act: str = "gelu",
+        mlp_gated: bool = False,
+        mlp_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.mixer = None
+        if scan is not False:
+            self.norm1 = get_norm(norm, dim)
+            self.mixer = build_scan(scan, dim)
+        self.mlp = None
+        if mlp_ratio > 0:
+            self.norm2 = get_norm(norm, dim)
+            self.mlp = build_mlp(dim, int(dim * mlp_ratio), act=mlp_act, gated=mlp_gated, dropout=mlp_dropout)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, H, W, dim). Returns the same shape."""
+        if self.mixer is not None:
+            x = x + self.drop_path(self.mixer(self.norm1(x)))
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class Stage(nn.Module):
+    """Downsampling (or none), then blocks. Maps are (B, H, W, C)."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
+        super().__init__()
+        self.downsample = downsample if downsample is not None else nn.Identity()
+        self.blocks = nn.ModuleList(blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+def register_family(cls: type["Backbone"]) -> dict[str, Callable[..., "Backbone"]]:
+    """Enter a family into `BACKBONES`.
+
+    Returns its entry points, one function per variant, for the family's module to export.
+    """
+    BACKBONES.register_module(module=cls)
+
+    def entry_point(name: str) -> Callable[..., Backbone]:
+        def create(**overrides: Any) -> Backbone:
+            if overrides.get("scan") is not None:
+                overrides["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
+            model = cls(**{**cls.variants[name], **overrides})
+            model.variant = name
+            model.pretrained_cfg = {**DEFAULT_PRETRAINED_CFG, **cls.published.get(name, {})}
+            return model
+
+        create.__name__ = create.__qualname__ = name
+        create.__doc__ = f"`{name}` of {cls.__name__}; keywords override the variant's: {cls.variants[name]}."
+        return create
+
+    return {name: entry_point(name) for name in cls.variants}
+
+
+class Backbone(nn.Module):
+    """Base of all backbones.
+
+    A family builds `stem` and `stages` and then calls `finish`; everything else follows from these. Images are
+    (B, `in_chans`, H, W) with H and W of at least 32, in any ratio; features leave as (B, C, H', W'); inside, maps are
+    (B, H', W', C).
+
+    Attributes:
+        variant: name this model was created under.
+        num_classes: outputs of the classifier; 0 when there is none.
+        num_features: channels of the last map.
+        feature_info: per stage, dict(num_chs, reduction, module).
+        pretrained_cfg: input size, mean, std, interpolation, crop and, where weights are published, their origin.
+    """
+
+    family: ClassVar[str]
+    """Name of the family, as `import_official` takes it."""
+    variants: ClassVar[dict[str, dict[str, Any]]]
+    """Constructor keywords of every published variant, and of the family's small test variant."""
+    published: ClassVar[dict[str, dict[str, Any]]]
+    """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
+
+    @classmethod
+    def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+        """Constructor keywords for an original repository's hyperparameters and the keys of its state dict."""
+        raise NotImplementedError
+
+    @classmethod
+    def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """An original state dict under our names and shapes; a state dict of ours is returned as it is."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognises(cls, keys: set[str]) -> bool:
+        """Whether these are keys of this family, official or ours."""
+        raise NotImplementedError
+
+    def __init__(
+        self,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        features_only: bool = False,
+        out_indices: Sequence[int] | None = None,
+        out_norm: bool = True,
+        drop_rate: float = 0.0,
+    ):
+        super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        if out_indices is not None and not features_only:
+            raise ValueError("out_indices needs features_only=True; forward_intermediates takes out_indices anywhere")
+        self.in_chans = in_chans
+        self.num_classes = 0 if features_only else num_classes
+        self.features_only = features_only
+        self.variant: str | None = None
+        self.pos_embed: nn.Module | None = None
+        self.pretrained_cfg: dict[str, Any] = {}
+        self._requested_indices = out_indices
+        self._wants_out_norm = features_only and out_norm
+        self.head_drop = nn.Dropout(drop_rate)
+
+    def finish(self, dims: Sequence[int], reductions: Sequence[int], norm: str = "layer") -> None:
+        """Build what follows the stages and initialise all weights. To be called last in a family's constructor.
+
+        Args:
+            dims: channels of each stage.
+            reductions: stride of each stage.
+            norm: norm of the final map, and of each feature map of a `features_only` model.
+        """
+        self.feature_info = [
+            dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
+            for i, (dim, reduction) in enumerate(zip(dims, reductions))
+        ]
+        self.num_features = dims[-1]
+        self.out_indices = self._resolve_indices(self._requested_indices)
+        self.out_norms = nn.ModuleDict()
+        if self.features_only:
+            self.norm = self.head = nn.Identity()
+            del self.stages[self.out_indices[-1] + 1 :]  # later stages would get no gradient
+            if self._wants_out_norm:
+                self.out_norms.update({str(i): get_norm(norm, dims[i]) for i in self.out_indices})
+        else:
+            self.norm = get_norm(norm, dims[-1])
+            self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+        self.apply(self._init_weights)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _resolve_indices(self, out_indices: Sequence[int] | int | None) -> list[int]:
+        count = len(self.feature_info)
+        if out_indices is None:
+            return list(range(count))
+        if isinstance(out_indices, int):
+            raise TypeError(f"out_indices is a sequence of stage numbers such as (0, 1, 2, 3), got {out_indices!r}")
+        resolved = [i + count if i < 0 else i for i in out_indices]
+        if not resolved or any(not 0 <= i < count for i in resolved) or len(set(resolved)) != len(resolved):
+            raise ValueError(f"out_indices must be different stages in 0..{count - 1}, got {tuple(out_indices)}")
+        return sorted(resolved)
+
+    def _check_images(self, x: torch.Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"{self.variant or type(self).__name__} takes images (B, {self.in_chans}, H, W), got {tuple(x.shape)};"
+                " create the model with in_chans=... for another number of channels"
+            )
+        if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
+            raise ValueError(
+                f"images must be at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got {x.shape[2]} x {x.shape[3]};"
+                " resize them first"
+            )
+
+    def forward_stages(self, x: torch.Tensor, last: int | None = None) -> list[torch.Tensor]:
+        """Raw output of each stage up to number `last`, finest first, each (B, H', W', C)."""
+        self._check_images(x)
+        x = self.stem(x)
+        if self.pos_embed is not None:
+            x = self.pos_embed(x)
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x)
+            outputs.append(x)
+            if i == last:
+                break
+        return outputs
+
+    def _last_map(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.forward_stages(x)[-1])  # (B, H', W', C)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, in_chans, H, W). Returns the last map, normalised in a classifier, (B, C, H', W')."""
+        return self._last_map(x).permute(0, 3, 1, 2)
+
+    def forward_intermediates(
+        self, x: torch.Tensor, out_indices: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Maps of the stages `out_indices`, finest first, each (B, C, H', W').
+
+        They carry the output norms of a `features_only` model and are raw in a classifier. By default the stages the
+        model was built for, which are all stages of a classifier.
+        """
+        indices = self.out_indices if out_indices is None else self._resolve_indices(out_indices)
+        if indices[-1] >= len(self.stages):
+            raise ValueError(f"this model was built for out_indices={self.out_indices} and has no stage {indices[-1]}")
+        outputs = self.forward_stages(x, last=indices[-1])
+        maps = [self.out_norms[str(i)](outputs[i]) if str(i) in self.out_norms else outputs[i] for i in indices]
+        return [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """features: (B, C, H', W') of `forward_features`. Returns logits, or pooled (B, C) if `pre_logits`."""
+        pooled = self.head_drop(features.mean(dim=(2, 3)))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """x: (B, in_chans, H, W). Returns logits (B, num_classes), or the feature maps of a `features_only` model."""
+        if self.features_only:
+            return self.forward_intermediates(x)
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier, or `nn.Identity` where there is none."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one for `num_classes` classes (0: none)."""
+        if self.features_only:
+            raise ValueError("a features_only model has no classifier to reset")
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+        reference = next(self.parameters())
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self._init_weights(self.head)
+        self.head.to(device=reference.device, dtype=reference.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        for module in self.modules():
+            if hasattr(module, "grad_checkpointing"):
+                module.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that give each parameter its depth (timm's contract), for layer-wise learning rates."""
+        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        tail = [(r"^(?:norm|out_norms)\b", (99999,))]
+        return dict(stem=r"^(?:stem|pos_embed)\b", blocks=r"^stages\.(\d+)" if coarse else blocks + tail)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are never decayed: decays, skips, step-size biases, position tables (1-D ones aside)."""
+        leaves = ("A_log", "D", "dt_proj_bias", "table")
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}

@@ -1,0 +1,151 @@
+"""Image classification on the Runner: a backbone of the library, its head, a loss and batch mixing."""
+
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.model import BaseDataPreprocessor, BaseModel
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from vision_ssm.factory import create_model
+from vision_ssm.registry import MODELS, check_keywords, suggest
+from vision_ssm.weights import load_weights
+
+LOSSES = {
+    "CrossEntropyLoss": nn.CrossEntropyLoss,
+    "LabelSmoothingCrossEntropy": LabelSmoothingCrossEntropy,
+    "SoftTargetCrossEntropy": SoftTargetCrossEntropy,
+    "BinaryCrossEntropy": BinaryCrossEntropy,
+}
+SOFT_LOSSES = ("CrossEntropyLoss", "SoftTargetCrossEntropy", "BinaryCrossEntropy")
+
+
+def build_loss(loss: dict) -> nn.Module:
+    """Loss from ``dict(type=..., **keywords)``: `torch.nn.CrossEntropyLoss` or one of timm's three."""
+    keywords = dict(loss)
+    name = keywords.pop("type", None)
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}.{suggest(str(name), LOSSES)}")
+    check_keywords(LOSSES[name].__init__, keywords, f"loss {name}")
+    return LOSSES[name](**keywords)
+
+
+@MODELS.register_module()
+class ImageBatch(BaseDataPreprocessor):
+    """Checks a batch, moves it to the device and, in training, mixes it.
+
+    Args:
+        num_classes: labels must lie in 0 .. num_classes - 1.
+        mixup: keywords of `timm.data.Mixup` (``mixup_alpha``, ``cutmix_alpha``, ``prob``, ``switch_prob``, ``mode``,
+            ``label_smoothing``), or None. Mixing needs batches of even size and turns labels into soft targets.
+        non_blocking: copy to the device without waiting.
+    """
+
+    def __init__(self, num_classes: int, mixup: dict | None = None, non_blocking: bool = True) -> None:
+        super().__init__(non_blocking=non_blocking)
+        self.num_classes = num_classes
+        self.mixup = None
+        if mixup is not None:
+            check_keywords(Mixup.__init__, set(mixup), "mixup")
+            self.mixup = Mixup(num_classes=num_classes, **mixup)
+
+    def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
+        """``dict(image (B, C, H, W), label (B,), path)`` to the same on the device; mixed labels are (B, classes).
+
+        Raises:
+            ValueError: a label out of range (the file is named), or an odd batch to be mixed.
+        """
+        label = data["label"]
+        outside = ((label < 0) | (label >= self.num_classes)).nonzero()
+        if len(outside):
+            first = int(outside[0])
+            raise ValueError(
+                f"label {int(label[first])} of {data['path'][first]} is out of range: the model has num_classes="
+                f"{self.num_classes}. Set model.num_classes to the number of class folders."
+            )
+        batch = self.cast_data({"image": data["image"], "label": label})
+        if training and self.mixup is not None:
+            if len(batch["image"]) % 2:
+                raise ValueError(
+                    f"mixup and cutmix pair the images of a batch, but it holds {len(batch['image'])}: use an even "
+                    "batch_size and drop_last=True in train_dataloader"
+                )
+            # timm mixes in place, and without a copy to another device the loader's batch would change.
+            batch["image"], batch["label"] = self.mixup(batch["image"].clone(), batch["label"])
+        return {**batch, "path": data["path"]}
+
+
+@MODELS.register_module()
+class ImageClassifier(BaseModel):
+    """Backbone, head and loss as one model of the Runner.
+
+    Args:
+        backbone: ``dict(name="vmamba_tiny_s1l8", **overrides)``, the arguments of `vision_ssm.create_model`.
+        num_classes: number of classes.
+        loss: ``dict(type=...)``: CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy or
+            BinaryCrossEntropy with their keywords. Mixed batches have soft targets and need one that takes them.
+        mixup: keywords of `timm.data.Mixup`, or None.
+        pretrained: weight file for the backbone (official or ours). If it was trained for another number of classes,
+            this is an error unless `reset_head` is set.
+        reset_head: keep the freshly initialised head instead of the one of `pretrained`.
+    """
+
+    def __init__(
+        self,
+        backbone: dict,
+        num_classes: int,
+        loss: dict,
+        mixup: dict | None = None,
+        pretrained: str | None = None,
+        reset_head: bool = False,
+    ) -> None:
+        super().__init__(data_preprocessor=ImageBatch(num_classes, mixup))
+        if mixup is not None and loss.get("type") not in SOFT_LOSSES:
+            raise ValueError(
+                f"mixup gives soft targets, which loss {loss.get('type')!r} does not take; use one of "
+                f"{', '.join(SOFT_LOSSES)} (label smoothing is then mixup's label_smoothing)"
+            )
+        if mixup is None and loss.get("type") == "SoftTargetCrossEntropy":
+            raise ValueError("SoftTargetCrossEntropy needs soft targets: set mixup=dict(...) or use another loss")
+        if reset_head and pretrained is None:
+            raise ValueError("reset_head=True says what to do with pretrained weights; set pretrained=FILE as well")
+        arguments = dict(backbone)
+        if "name" not in arguments:
+            raise ValueError("backbone needs the name of a model: backbone=dict(name=...)")
+        self.num_classes = num_classes
+        self.backbone = create_model(arguments.pop("name"), num_classes=num_classes, **arguments)
+        if pretrained is not None:
+            report = load_weights(self.backbone, pretrained, reset_head=reset_head, verbose=False)
+            print_log(f"Pretrained weights: {report}", logger="current")
+        self.loss = build_loss(loss)
+
+    def init_weights(self) -> None:
+        """Nothing to do: `create_model` has initialised or loaded every weight."""
+
+    def forward(
+        self, image: Tensor, label: Tensor | None = None, path: list[str] | None = None, mode: str = "tensor"
+    ) -> Tensor | dict[str, Tensor] | list[dict]:
+        """Logits (``tensor``), training loss (``loss``) or one result per image (``predict``).
+
+        Args:
+            image: (B, C, H, W).
+            label: class indices (B,), or soft targets (B, num_classes) for mode ``loss``.
+            path: B file names.
+            mode: ``tensor``, ``loss`` or ``predict``.
+
+        Returns:
+            ``tensor``: logits (B, num_classes). ``loss``: dict with ``loss`` and ``top1`` (%, against the label of
+            largest weight). ``predict``: B dicts with ``logits`` (num_classes,) float32, ``label`` and ``path``.
+        """
+        logits = self.backbone(image)
+        if mode == "tensor":
+            return logits
+        logits = logits.float()
+        if mode == "loss":
+            hard = label if label.ndim == 1 else label.argmax(1)
+            top1 = (logits.detach().argmax(1) == hard).float().mean() * 100
+            return {"loss": self.loss(logits, label), "top1": top1}
+        if mode == "predict":
+            return [dict(logits=row, label=truth, path=file) for row, truth, file in zip(logits, label.tolist(), path)]
+        raise ValueError(f"unknown mode {mode!r}.{suggest(mode, ('tensor', 'loss', 'predict'))}")

@@ -1,0 +1,274 @@
+"""Optimizers of the training room: parameter groups that follow the model, and one wrapper for every precision."""
+
+import fnmatch
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm.optim
+import torch
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIMIZERS
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from vision_ssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, check_keywords, suggest
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(keyword: str, patterns: Iterable[str], names: list[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            endings = {name.rsplit(".", 1)[-1] for name in names}
+            raise ValueError(
+                f"paramwise_cfg: {keyword}={pattern!r} matches no trainable parameter of the model."
+                f"{suggest(pattern.rsplit('.', 1)[-1].strip('*'), endings)}"
+            )
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    *,
+    decay: Iterable[str] = (),
+    no_decay: Iterable[str] = (),
+    layer_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters of `model`, each parameter in exactly one.
+
+    A parameter is free of weight decay if it has at most one dimension, if ``no_weight_decay()`` of the model (or of
+    its ``backbone``) names it, or if it matches one of the `no_decay` patterns; `decay` patterns win over the first
+    two. With `layer_decay` d, layer i of n counted from the stem learns with ``lr * d ** (n - 1 - i)``, where the
+    layers are those of ``group_matcher()``; what lies outside of the backbone belongs to the last layer.
+
+    Args:
+        model: any module; names and layers come from ``model.backbone`` when it follows the backbone contract.
+        lr: learning rate of the last layer.
+        weight_decay: decay of the parameters that are not exempt.
+        decay, no_decay: `fnmatch` patterns of parameter names, with or without the prefix ``backbone.``.
+        layer_decay: factor per layer in (0, 1], or None for one learning rate.
+
+    Returns:
+        List of dicts with ``params``, ``lr``, ``weight_decay``, ``name`` and ``param_names``.
+
+    Raises:
+        ValueError: a pattern that matches nothing, a parameter that matches both lists, `layer_decay` outside (0, 1],
+            or `layer_decay` for a model without ``group_matcher``.
+    """
+    decay, no_decay = list(decay), list(no_decay)
+    backbone = getattr(model, "backbone", None)
+    prefix, source = ("backbone.", backbone) if hasattr(backbone, "no_weight_decay") else ("", model)
+    exempt = set(source.no_weight_decay()) if hasattr(source, "no_weight_decay") else set()
+
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    short = {name: name.removeprefix(prefix) for name in trainable}
+    both = list(trainable) + list(short.values())
+    _check_patterns("decay", decay, both)
+    _check_patterns("no_decay", no_decay, both)
+
+    layers: dict[str, int] = {}
+    if layer_decay is not None:
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay must lie in (0, 1], got {layer_decay}")
+        if not hasattr(source, "group_matcher"):
+            raise ValueError(f"layer_decay needs a model with group_matcher(), which {type(source).__name__} lacks")
+        found = group_parameters(source, source.group_matcher(coarse=False), reverse=True)
+        layers = {prefix + name: layer for name, layer in found.items()}
+    last = max(layers.values(), default=0)
+
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in trainable.items():
+        spellings = (name, short[name])
+        forced = any(_matches(spelling, decay) for spelling in spellings)
+        freed = any(_matches(spelling, no_decay) for spelling in spellings)
+        if forced and freed:
+            raise ValueError(f"paramwise_cfg: parameter {name!r} matches both decay={decay} and no_decay={no_decay}")
+        decayed = forced or not (freed or parameter.ndim <= 1 or short[name] in exempt)
+        layer = layers.get(name, last)
+        if (layer, decayed) not in groups:
+            scale = 1.0 if layer_decay is None else layer_decay ** (last - layer)
+            label = "decay" if decayed else "no decay"
+            groups[layer, decayed] = dict(
+                params=[],
+                lr=lr * scale,
+                weight_decay=weight_decay if decayed else 0.0,
+                name=label if layer_decay is None else f"layer {layer}, {label}",
+                param_names=[],
+            )
+        groups[layer, decayed]["params"].append(parameter)
+        groups[layer, decayed]["param_names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def groups_table(groups: list[dict[str, Any]]) -> str:
+    """Text table of parameter groups: name, learning rate, weight decay, tensors, numbers, examples."""
+    rows = [("group", "lr", "weight decay", "tensors", "numbers", "for example")]
+    for group in groups:
+        rows.append(
+            (
+                group["name"],
+                f"{group['lr']:.3g}",
+                f"{group['weight_decay']:.3g}",
+                str(len(group["params"])),
+                f"{sum(parameter.numel() for parameter in group['params']):,}",
+                group["param_names"][0],
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Optimizer of torch (``"AdamW"``) or of timm (``"lamb"``) by name; `ValueError` with suggestions otherwise."""
+    found = OPTIMIZERS.module_dict.get(name)
+    if found is not None:
+        return found
+    if name in timm.optim.list_optimizers():
+        return timm.optim.get_optimizer_class(name)
+    choices = set(OPTIMIZERS.module_dict) | set(timm.optim.list_optimizers())
+    raise ValueError(f"unknown optimizer {name!r}.{suggest(name, choices)}")
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class ParameterGroups:
+    """Builds the optimizer wrapper of a config on `parameter_groups`.
+
+    Used as ``optim_wrapper=dict(constructor="vision_ssm.ParameterGroups", optimizer=dict(type="AdamW", lr=1e-3,
+    weight_decay=0.05), paramwise_cfg=dict(decay=[...], no_decay=[...], layer_decay=0.75))``.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        self.wrapper_cfg = dict(optim_wrapper_cfg)
+        self.optimizer_cfg = dict(self.wrapper_cfg.pop("optimizer"))
+        self.options = dict(paramwise_cfg or {})
+        check_keywords(parameter_groups, set(self.options), "paramwise_cfg")
+        if "lr" not in self.optimizer_cfg:
+            raise ValueError("optim_wrapper.optimizer needs a learning rate: lr=...")
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        if is_model_wrapper(model):
+            model = model.module
+        keywords = dict(self.optimizer_cfg)
+        build = optimizer_class(keywords.pop("type"))
+        groups = parameter_groups(model, keywords["lr"], keywords.get("weight_decay", 0.0), **self.options)
+        print_log(f"Parameter groups:\n{groups_table(groups)}", logger="current", level=logging.INFO)
+        for group in groups:
+            del group["param_names"]
+        if not inspect.isclass(build):  # timm binds defaults with functools.partial
+            check_keywords(build.func, keywords, "optimizer")
+        cfg = {"type": "vision_ssm.MixedPrecisionOptimWrapper", **self.wrapper_cfg}
+        return OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": build(groups, **keywords)})
+
+
+@OPTIM_WRAPPERS.register_module()
+class MixedPrecisionOptimWrapper(OptimWrapper):
+    """Optimizer step in fp32, bf16 (CPU and GPU) or fp16 (GPU, scaled loss), with accumulation and clipping.
+
+    Args:
+        optimizer: the optimizer; its first parameter says which device autocast is for.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        loss_scale: keywords of `torch.amp.GradScaler` for fp16.
+        accumulative_counts: iterations whose gradients are summed before a step.
+        clip_grad: ``dict(max_norm=...)`` or ``dict(type="value", clip_value=...)``.
+
+    Attributes:
+        guards: callables ``(what, value)`` that see the loss before the backward pass and the gradient norm before
+            the step (not in fp16, where overflow is the scaler's business); they raise to stop the run.
+
+    Raises:
+        ValueError: an unknown precision, or one that the device does not offer.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        precision: str = "fp32",
+        loss_scale: dict | None = None,
+        accumulative_counts: int = 1,
+        clip_grad: dict | None = None,
+    ) -> None:
+        clip_grad = None if clip_grad is None else dict(clip_grad)
+        super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
+        if precision not in PRECISIONS:
+            raise ValueError(f"unknown precision {precision!r}.{suggest(precision, PRECISIONS)}")
+        self.precision = precision
+        self.device_type = optimizer.param_groups[0]["params"][0].device.type
+        if precision == "fp16" and self.device_type == "cpu":
+            raise ValueError("precision 'fp16' needs a GPU; on the CPU use 'bf16' (--amp bf16)")
+        if precision == "bf16" and self.device_type == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError("this GPU has no bfloat16 arithmetic; use 'fp16' (--amp fp16)")
+        self.scaler = torch.amp.GradScaler(self.device_type, **(loss_scale or {})) if precision == "fp16" else None
+        self.guards: list[Callable[[str, Tensor], None]] = []
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast of this precision; gradients are not synchronised while they only accumulate."""
+        dtype = PRECISIONS[self.precision]
+        with super().optim_context(model), torch.autocast(self.device_type, dtype, enabled=dtype is not None):
+            yield
+
+    def at_boundary(self, iterations: int) -> bool:
+        """Whether no gradient is pending after `iterations` iterations, so that a run may be cut there."""
+        return iterations % self._accumulative_counts == 0 or iterations == self._max_counts
+
+    @property
+    def accumulative_counts(self) -> int:
+        """Iterations per optimizer step."""
+        return self._accumulative_counts
+
+    def update_params(self, loss: Tensor, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
+        for guard in self.guards:
+            guard("loss", loss.detach())
+        super().update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        super().backward(loss if self.scaler is None else self.scaler.scale(loss), **kwargs)
+
+    def step(self, **kwargs: Any) -> None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = self._clip_grad() if self.clip_grad_kwargs else None
+        if self.scaler is None:
+            if self.guards and norm is None:
+                norm = torch.nn.utils.get_total_norm(self._gradients())
+            for guard in self.guards:
+                guard("gradient", norm)
+            self.optimizer.step(**kwargs)
+        else:
+            self.scaler.step(self.optimizer, **kwargs)
+            self.scaler.update()
+
+    def _gradients(self) -> list[Tensor]:
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+    def _clip_grad(self) -> Tensor | None:
+        """Clip, log and return the norm before clipping (None when values are clipped)."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = self.clip_func([p for p in parameters if p.grad is not None], **self.clip_grad_kwargs)
+        if norm is not None:
+            self.message_hub.update_scalar(f"train/{self.grad_name}", float(norm))
+        return norm
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state = dict(state_dict)
+        scaler = state.pop("scaler", None)
+        if self.scaler is not None and scaler is not None:
+            self.scaler.load_state_dict(scaler)
+        super().load_state_dict(state)

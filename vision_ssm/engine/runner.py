@@ -1,0 +1,314 @@
+"""mmengine's Runner with exact resume, CPU and GPU process groups, and a console that says only what matters."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mmengine
+import mmengine.runner
+import numpy as np
+import timm
+import torch
+from mmengine.dist import all_gather_object, is_distributed, is_main_process
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.utils import apply_to
+from torch import nn
+
+from vision_ssm.data import check_same_classes
+from vision_ssm.weights import CheckpointError
+
+from . import logs
+from .checkpoint import (
+    FORMAT,
+    fingerprint,
+    fingerprint_differences,
+    is_training_state,
+    newest_checkpoint,
+    pack_messages,
+    read_training,
+    rng_state,
+    unpack_messages,
+    write_checkpoint,
+    write_text,
+)
+from .loops import EpochTrainLoop
+
+RAW_WEIGHTS = "unaveraged_state_dict"
+"""Where a checkpoint keeps the weights as trained, when ``state_dict`` holds their moving average."""
+
+
+def git_hash(folder: str | Path) -> str | None:
+    """Commit of the checkout that `folder` lies in, with ``-dirty`` if files were changed; None outside of one."""
+    try:
+        command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def environment(seed: int, world_size: int) -> dict[str, Any]:
+    """What a run depended on besides its config: versions, devices, commit, seed and command line."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "command": sys.argv,
+        "git": git_hash(Path(__file__).parent),
+        "seed": seed,
+        "processes": world_size,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "cpu_threads": torch.get_num_threads(),
+        "timm": timm.__version__,
+        "mmengine": mmengine.__version__,
+        "numpy": np.__version__,
+        "scan_backend": os.environ.get("VISION_SSM_BACKEND", "automatic"),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+class Runner(mmengine.runner.Runner):
+    """Runner of every training and test in this library; takes the same config as mmengine's.
+
+    It differs in what a checkpoint holds (plain values only, with the random state of every process and the position
+    inside the epoch), how it is written (atomically) and read (nothing in it is run), and in that ``--launcher
+    pytorch`` works without a GPU. ``cfg.resume`` may be True (newest good checkpoint of the work dir) or go with
+    ``load_from``; ``cfg.resume_anyway`` continues although the config differs from the checkpoint's.
+    """
+
+    _timestamps: ClassVar[set[str]] = set()
+
+    def setup_env(self, env_cfg: dict) -> None:
+        if self.distributed and not is_distributed() and not torch.cuda.is_available():
+            if self.launcher != "pytorch":
+                raise ValueError(f"without a GPU, --launcher must be pytorch (torchrun), not {self.launcher!r}")
+            torch.distributed.init_process_group("gloo")
+        super().setup_env(env_cfg)
+        # Two runs of one process may start within a second, and mmengine shares loggers between equal names.
+        stamp, count = self._timestamp, 1
+        while self._timestamp in self._timestamps:
+            count += 1
+            self._timestamp = f"{stamp}_{count}"
+        self._timestamps.add(self._timestamp)
+
+    def build_logger(self, log_level: int | str = "INFO", log_file: str | None = None, **kwargs: Any) -> Any:
+        logger = super().build_logger(log_level=log_level, log_file=log_file, **kwargs)
+        logs.quieten(logger)
+        return logger
+
+    def _log_env(self, env_cfg: dict) -> None:
+        if is_main_process():
+            record = environment(self.seed, self.world_size)
+            write_text(json.dumps(record, indent=2) + "\n", Path(self.work_dir) / "environment.json")
+            self.logger.info(
+                f"torch {record['torch']}, {', '.join(record['gpus']) or 'CPU'}, {self.world_size} process(es), "
+                f"seed {self.seed}, git {record['git']}; details in {Path(self.work_dir) / 'environment.json'}"
+            )
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        if self.distributed and not torch.cuda.is_available():
+            keywords = dict(model_wrapper_cfg or {"type": "MMDistributedDataParallel", "broadcast_buffers": False})
+            keywords.setdefault("find_unused_parameters", self.cfg.get("find_unused_parameters", False))
+            keywords["device_ids"] = None
+            model_wrapper_cfg = keywords
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_train_loop(self, loop: Any) -> Any:
+        """``dict(by_epoch=True, ...)`` is our `EpochTrainLoop`; everything else as in mmengine."""
+        if isinstance(loop, dict) and "type" not in loop and loop.get("by_epoch"):
+            keywords = {key: value for key, value in loop.items() if key != "by_epoch"}
+            return EpochTrainLoop(runner=self, dataloader=self._train_dataloader, **keywords)
+        return super().build_train_loop(loop)
+
+    def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
+        """Linear rule: lr * (processes * batch size * accumulated iterations) / ``base_batch_size``."""
+        if not auto_scale_lr or not auto_scale_lr.get("enable", False):
+            return
+        base = auto_scale_lr["base_batch_size"]
+        batch = self.world_size * self.train_dataloader.batch_size * optim_wrapper.accumulative_counts
+        for group in optim_wrapper.param_groups:  # with more than one group, includes the one logged as base_lr
+            group["lr"] *= batch / base
+        self.logger.info(f"Learning rates are for batch {base}; with batch {batch} they are scaled by {batch / base:g}")
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without its distributed wrapper."""
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+    ) -> None:
+        """Write a checkpoint. Every process has to call this: each contributes the state of its random generators.
+
+        The arguments are mmengine's; `file_client_args` and `backend_args` (remote storage) are not supported.
+        """
+        if file_client_args is not None or backend_args is not None:
+            raise ValueError("checkpoints are written to local folders only, because that can be done atomically")
+        generators = all_gather_object(rng_state()) if save_optimizer else []
+        if not is_main_process():
+            return
+        if isinstance(self.train_loop, EpochTrainLoop):
+            position = dict(self.train_loop.position)
+        else:
+            position = dict(epoch=self.epoch + by_epoch, iter=self.iter + (not by_epoch), batch=0, validation_due=False)
+        meta = {
+            **(meta or {}),
+            **position,
+            "cfg": self.cfg.pretty_text,
+            "fingerprint": fingerprint(self.cfg),
+            "seed": self.seed,
+            "world_size": self.world_size,
+            "batch_size": self.train_dataloader.batch_size,
+            "experiment_name": self.experiment_name,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "dataset_meta": dict(getattr(self.train_dataloader.dataset, "metainfo", None) or {}),
+        }
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "meta": meta,
+            "state_dict": _to_cpu(self.bare_model.state_dict()),
+            "message_hub": pack_messages(self.message_hub),
+        }
+        if save_optimizer:
+            state["optimizer"] = _to_cpu(self.optim_wrapper.state_dict())
+            state["rng"] = generators
+        if save_param_scheduler and self.param_schedulers is not None:
+            state["param_schedulers"] = [scheduler.state_dict() for scheduler in self.param_schedulers]
+        self.call_hook("before_save_checkpoint", checkpoint=state)
+        if "ema_state_dict" in state:
+            # mmengine's EMAHook has swapped the two: the averaged weights, those to be used, are in state_dict.
+            state[RAW_WEIGHTS] = state.pop("ema_state_dict")
+        write_checkpoint(state, Path(out_dir) / filename)
+
+    def load_checkpoint(
+        self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ((r"^module.", ""),)
+    ) -> dict[str, Any]:
+        """Load model weights from a checkpoint of a training run; the arguments are mmengine's.
+
+        Raises:
+            CheckpointError: the file cannot be read, or its weights are not those of this model.
+        """
+        checkpoint = read_training(filename)
+        self._load_weights(checkpoint, filename, strict)
+        self._has_loaded = True
+        self.logger.info(f"Loaded weights of {filename}")
+        return checkpoint
+
+    def _load_weights(self, checkpoint: dict[str, Any], filename: str | Path, strict: bool = True) -> None:
+        if RAW_WEIGHTS in checkpoint:
+            checkpoint["ema_state_dict"] = checkpoint.pop(RAW_WEIGHTS)
+        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
+        try:
+            self.bare_model.load_state_dict(checkpoint["state_dict"], strict=strict)
+        except RuntimeError as error:
+            problems = str(error).splitlines()
+            shown = "\n".join(problems[1:6]) + ("\n\t..." if len(problems) > 6 else "")
+            raise CheckpointError(f"the weights of {filename} are not those of this config's model:\n{shown}") from None
+
+    def load_or_resume(self) -> None:
+        if self._has_loaded:
+            return
+        if not self._resume:
+            super().load_or_resume()
+            return
+        if self._load_from is None:
+            found = newest_checkpoint(self.work_dir)
+            if found is None:
+                self.logger.warning(f"Nothing to resume in {self.work_dir}: starting from the beginning.")
+                self._resume = False
+                return
+            self._continue(*found)
+        else:
+            self._continue(self._load_from, read_training(self._load_from))
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: Any = "default",
+    ) -> None:
+        """Continue from `filename`; a partial resume is not offered, use `load_checkpoint` for the weights alone."""
+        if not (resume_optimizer and resume_param_scheduler):
+            raise ValueError("a resume restores everything; load weights alone with load_from=... and resume=False")
+        self._continue(filename, read_training(filename))
+
+    def _continue(self, filename: str | Path, checkpoint: dict[str, Any]) -> None:
+        """Put model, optimizer, schedulers, records, random generators and position back to those of `checkpoint`."""
+        if not is_training_state(checkpoint):
+            raise CheckpointError(f"{filename} holds a model but no training state; resume from an epoch_ or iter_ file")
+        meta = checkpoint["meta"]
+        differences = fingerprint_differences(meta["fingerprint"], fingerprint(self.cfg))
+        if meta["world_size"] != self.world_size:
+            differences.append(f"processes: checkpoint {meta['world_size']}, now {self.world_size}")
+        if differences:
+            listed = "\n  ".join(differences)
+            if not self.cfg.get("resume_anyway", False):
+                raise CheckpointError(
+                    f"{filename} comes from another config, so the run cannot be continued exactly:\n  {listed}\n"
+                    "Use the config of the checkpoint (saved in its work dir), a new --work-dir, or --resume-anyway "
+                    "to continue with these differences."
+                )
+            self.logger.warning(f"Resuming although the config differs from that of {filename}:\n  {listed}")
+        self._load_weights(checkpoint, filename)
+        self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        for scheduler, state in zip(self.param_schedulers or [], checkpoint.get("param_schedulers", [])):
+            scheduler.load_state_dict(state)
+        unpack_messages(self.message_hub, checkpoint["message_hub"])
+        position = {key: meta[key] for key in ("epoch", "iter", "batch", "validation_due")}
+        same_batches = not any("batch_size" in line or line.startswith("processes") for line in differences)
+        rng = checkpoint["rng"][self.rank] if meta["world_size"] == self.world_size else None
+        if not same_batches:
+            seen = position["batch"] * meta["batch_size"] * meta["world_size"]
+            position["batch"] = seen // (self.train_dataloader.batch_size * self.world_size)
+            position["iter"] = position["epoch"] * len(self.train_dataloader) + position["batch"]
+        if isinstance(self.train_loop, EpochTrainLoop):
+            self.train_loop.restore(position, rng)
+        else:
+            self.train_loop._epoch, self.train_loop._iter = position["epoch"], position["iter"]
+        self._has_loaded = True
+        self.logger.info(
+            f"Resumed from {filename}: epoch {position['epoch'] + 1}, batch {position['batch']} done, "
+            f"iteration {position['iter']}"
+        )
+
+    def train(self) -> nn.Module:
+        """Train, and return the model."""
+        name = getattr(getattr(self.bare_model, "backbone", None), "variant", None) or self.model_name
+        count = sum(parameter.numel() for parameter in self.bare_model.parameters())
+        self._check_classes()
+        self.logger.info(f"Model {name} with {count:,} parameters; work dir {self.work_dir}")
+        return super().train()
+
+    def _check_classes(self) -> None:
+        """Training and validation labels must agree with each other and with the model before anything is trained."""
+        training = self.train_dataloader.dataset
+        if hasattr(training, "check_num_classes") and hasattr(self.bare_model, "num_classes"):
+            training.check_num_classes(self.bare_model.num_classes)
+            validation = None if self.val_loop is None else self.val_dataloader.dataset
+            if hasattr(validation, "check_num_classes"):
+                check_same_classes(training, validation)
+
+    def get_hooks_info(self) -> str:
+        return "  " + ", ".join(type(hook).__name__ for hook in self.hooks)
+
+
+def _to_cpu(state: dict) -> dict:
+    return apply_to(state, lambda item: isinstance(item, torch.Tensor), lambda tensor: tensor.detach().cpu())
+
+

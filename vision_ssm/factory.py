@@ -1,0 +1,113 @@
+"""Models by name, and models brought along from original repositories."""
+
+import fnmatch
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import backbones  # noqa: F401  (registers the families)
+from .backbones.base import Backbone
+from .registry import BACKBONES, suggest
+from .weights import load_state_dict, load_weights
+
+
+def families() -> dict[str, type[Backbone]]:
+    """Backbone families by name."""
+    return {cls.family: cls for cls in BACKBONES.module_dict.values()}
+
+
+def find_family(name: str) -> type[Backbone]:
+    """The family of variant `name`; `KeyError` with suggestions if no family has it."""
+    for cls in families().values():
+        if name in cls.variants:
+            return cls
+    raise KeyError(f"unknown model {name!r}.{suggest(name, list_models())} list_models() names all of them.")
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all variants that match a shell-style `pattern`, such as ``"vmamba_*"``."""
+    return sorted(name for cls in families().values() for name in cls.variants if fnmatch.fnmatchcase(name, pattern))
+
+
+def _keywords(cls: type[Backbone]) -> list[str]:
+    """Constructor keywords of a family, those of its base classes included."""
+    names: list[str] = []
+    for base in cls.__mro__:
+        if issubclass(base, Backbone) and "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return list(dict.fromkeys(names))
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int = 1000,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    pretrained: str | os.PathLike | None = None,
+    **overrides: Any,
+) -> Backbone:
+    """Build a backbone by the name of its variant.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: outputs of the classifier; 0 for none.
+        features_only: build the dense backbone, which returns one (B, C, H', W') map per stage, finest first.
+        out_indices: stages of a `features_only` model; all by default.
+        pretrained: file with official weights or weights of ours, for `load_weights`. A classifier of another size
+            is re-initialised.
+        **overrides: any keyword of the family, such as `in_chans`, `drop_path_rate` or `scan` (a strategy's name, a
+            dict with ``type``, or options that replace some of the variant's own).
+
+    Raises:
+        KeyError: unknown name. TypeError: unknown keyword. Both say what is known.
+    """
+    cls = find_family(name)
+    valid = _keywords(cls)
+    unknown = sorted(set(overrides) - set(valid))
+    if unknown:
+        hints = "".join(text for key in unknown if "mean" in (text := suggest(key, valid)))
+        raise TypeError(f"{name} has no keyword {', '.join(map(repr, unknown))}.{hints} Keywords: {', '.join(valid)}.")
+    settings = dict(overrides, num_classes=num_classes, features_only=features_only, out_indices=out_indices)
+    model = _entry_point(cls, name)(**settings)
+    if pretrained is True:
+        origin = cls.published.get(name, {}).get("url")
+        advice = f"download {origin} and pass its path" if origin else "no official weights are published for it"
+        raise ValueError(f"pretrained takes a file: {advice} (model {name})")
+    if pretrained:
+        load_weights(model, pretrained, reset_head=True)
+    return model
+
+
+def _entry_point(cls: type[Backbone], name: str) -> Any:
+    return getattr(inspect.getmodule(cls), name)
+
+
+def import_official(family: str, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> Backbone:
+    """Build a model from an original repository's hyperparameters and state dict, and load it strictly.
+
+    Args:
+        family: name of the family, such as ``"vmamba"``.
+        config: hyperparameters as the original constructor takes them; what is left out has the original's default.
+        state_dict: the original's tensors under the original's names. With `config` they say which of a family's
+            classes the model was: its version, and whether it is a classifier or a dense backbone.
+
+    Returns:
+        The model in eval mode. ``model(x)`` gives logits where the weights hold a classifier;
+        ``model.forward_intermediates(x)`` gives (B, C, H, W) maps, normalised when the weights hold output norms.
+
+    Raises:
+        KeyError: unknown family. ValueError: hyperparameter unknown to the original. CheckpointError: the state dict
+        does not fit the model the hyperparameters describe.
+    """
+    known = families()
+    if family not in known:
+        raise KeyError(f"unknown family {family!r}.{suggest(family, known)}")
+    cls = known[family]
+    model = cls(**cls.from_official_config(dict(config), set(state_dict)))
+    load_state_dict(model, state_dict, source=f"the given {family} state dict")
+    return model.eval()

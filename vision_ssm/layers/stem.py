@@ -1,0 +1,57 @@
+"""From an image (B, C, H, W) to the first channel-last map."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .norm import get_norm
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches: a convolution with kernel = stride = `patch_size`, then a norm.
+
+    A size that the patch does not divide is padded with zeros at the bottom and right, so that no pixel is lost and
+    the map has ``ceil(size / patch_size)`` cells; `remainder="drop"` cuts the rest off instead, as most originals do.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, norm: str = "layer", remainder: str = "pad"):
+        super().__init__()
+        if remainder not in ("pad", "drop"):
+            raise ValueError(f"remainder is 'pad' or 'drop', got {remainder!r}")
+        self.patch_size = patch_size
+        self.remainder = remainder
+        self.conv = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = get_norm(norm, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W). Returns (B, H', W', dim)."""
+        if self.remainder == "pad":
+            bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+            if bottom or right:
+                x = F.pad(x, (0, right, 0, bottom))
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1).contiguous())  # (B, H', W', dim)
+
+
+class ConvStem(nn.Module):
+    """Two overlapping convolutions, each with stride ``patch_size / 2``: conv, norm, GELU, conv, norm.
+
+    With `patch_size` 4 (kernel 3, stride 2, padding 1) a size is halved twice, each time rounded up.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, norm: str = "layer"):
+        super().__init__()
+        stride = patch_size // 2
+        kernel = stride + 1
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel, stride=stride, padding=1)
+        self.norm1 = get_norm(norm, dim // 2)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, kernel, stride=stride, padding=1)
+        self.norm2 = get_norm(norm, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W). Returns (B, ceil(H / patch_size), ceil(W / patch_size), dim)."""
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.act(self.norm1(x.permute(0, 2, 3, 1).contiguous()))  # (B, H/2, W/2, dim/2)
+        x = self.conv2(x.permute(0, 3, 1, 2))
+        return self.norm2(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)

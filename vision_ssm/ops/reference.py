@@ -1,0 +1,152 @@
+"""Reference twins: the definition of every operator as a plain loop over time.
+
+Each function here is what its operator *means*. The twins are short, run on any device, follow the dtype rules of the
+operators (float64 in, float64 through; everything else is computed in float32), are differentiated by autograd, and
+are slow. Every faster path is correct if and only if it gives these outputs and these gradients.
+
+Sources: Gu and Dao, "Mamba" (arXiv 2312.00752) for the selective scan; Liu et al., "VMamba" (arXiv 2401.10166) for the
+scan along several routes of a map; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060) for SSD.
+"""
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["selective_scan_reference", "scan_2d_reference", "ssd_reference"]
+
+
+def _work_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def selective_scan_reference(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor] = None,
+        z: Optional[Tensor] = None,
+        delta_bias: Optional[Tensor] = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+    """Selective scan of (batch, dim, L) sequences; see :func:`vision_ssm.ops.selective_scan` for the arguments."""
+    batch, dim, length = u.shape
+    work = _work_dtype(u)
+    x, delta, A = u.to(work), delta.to(work), A.to(work)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(work)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+
+    def per_channel(matrix: Tensor) -> Tensor:  # -> (batch, dim, N, L)
+        matrix = matrix.to(work)
+        if matrix.dim() == 2:
+            return matrix[None, :, :, None].expand(batch, dim, -1, length)
+        if matrix.dim() == 3:
+            matrix = matrix[:, None]
+        return matrix.repeat_interleave(dim // matrix.shape[1], dim=1)
+
+    B, C = per_channel(B), per_channel(C)
+    state = x.new_zeros(batch, dim, A.shape[1])
+    steps = []
+    for t in range(length):
+        decay = torch.exp(delta[:, :, t, None] * A)
+        state = decay * state + (delta[:, :, t] * x[:, :, t])[..., None] * B[..., t]
+        steps.append((state * C[..., t]).sum(-1))
+    y = torch.stack(steps, dim=-1)
+    if D is not None:
+        y = y + D.to(work)[:, None] * x
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    y = y.to(u.dtype)
+    return (y, state) if return_last_state else y
+
+
+def scan_2d_reference(
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Optional[Tensor] = None,
+        *,
+        read: Tensor,
+        write: Optional[Tensor] = None,
+        dt_weight: Optional[Tensor] = None,
+        dt_bias: Optional[Tensor] = None,
+        delta_softplus: bool = True,
+        segment: Optional[int] = None,
+) -> Tensor:
+    """Scan of a map along K routes, merged; see :func:`vision_ssm.ops.scan_2d` for the arguments."""
+    batch, length, dim = x.shape
+    routes, steps = read.shape
+    work = _work_dtype(x)
+    x, delta, A, B, C = (tensor.to(work) for tensor in (x, delta, A, B, C))
+    if dt_weight is not None:
+        delta = torch.einsum("blkr,kdr->blkd", delta, dt_weight.to(work))
+    if dt_bias is not None:
+        delta = delta + dt_bias.to(work)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    read = read.long()
+    write = read if write is None else write.long()
+    out = x.new_zeros(batch, length, dim)
+    for k in range(routes):
+        state = x.new_zeros(batch, dim, A.shape[2])
+        for t in range(steps):
+            if segment is not None and t % segment == 0:
+                state = torch.zeros_like(state)
+            i = read[k, t]
+            step, value = delta[:, i, k], x[:, i]  # (batch, dim)
+            state = torch.exp(step[..., None] * A[k]) * state + (step * value)[..., None] * B[:, i, k, None]
+            y = (state * C[:, i, k, None]).sum(-1)
+            if D is not None:
+                y = y + D[k].to(work) * value
+            out = out.index_add(1, write[k, t, None], y[:, None])
+    return out
+
+
+def ssd_reference(
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        *,
+        D: Optional[Tensor] = None,
+        z: Optional[Tensor] = None,
+        dt_bias: Optional[Tensor] = None,
+        dt_softplus: bool = False,
+        initial_states: Optional[Tensor] = None,
+        return_final_states: bool = False,
+        chunk_size: int = 64,
+) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+    """Mamba-2 recurrence, one scalar decay per head; see :func:`vision_ssm.ops.ssd`. `chunk_size` changes nothing."""
+    batch, length, heads, width = x.shape
+    work = _work_dtype(x)
+    value, dt, A = x.to(work), dt.to(work), A.to(work)
+    B, C = (matrix.to(work).repeat_interleave(heads // matrix.shape[2], dim=2) for matrix in (B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(work)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    if initial_states is None:
+        state = value.new_zeros(batch, heads, width, B.shape[3])
+    else:
+        state = initial_states.to(work)
+    steps = []
+    for t in range(length):
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        state = decay * state + (dt[:, t, :, None] * value[:, t])[..., None] * B[:, t, :, None]
+        steps.append((state * C[:, t, :, None]).sum(-1))
+    y = torch.stack(steps, dim=1)
+    if D is not None:
+        D = D.to(work)
+        y = y + (D[:, None] if D.dim() == 1 else D) * value
+    if z is not None:
+        y = y * F.silu(z.to(work))
+    y = y.to(x.dtype)
+    return (y, state) if return_final_states else y

@@ -1,0 +1,311 @@
+"""Routes: the orders in which a scan visits the cells of an H x W grid. Pure geometry, no parameters.
+
+A route family turns (H, W) into one or more `RouteTable`. Cell (row, column) has number ``row * W + column``.
+Route k reads cell ``read[k, t]`` at step t and adds its output to cell ``write[k, t]``; the two differ only where a
+published model puts outputs back elsewhere than it took its inputs from.
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..registry import ROUTES, build, lookup
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_CACHED_SIZES = 64
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """Routes that one scan walks together.
+
+    Attributes:
+        read: (K, T) int64, the cell that route k reads at step t.
+        write: (K, T) int64, the cell that receives the output of that step.
+        segment: the state starts anew every `segment` steps; None: one sequence of T steps.
+        first: number of the first of these K routes in its family (weights are stored per route of the family).
+    """
+
+    read: torch.Tensor
+    write: torch.Tensor
+    segment: int | None = None
+    first: int = 0
+
+    @property
+    def routes(self) -> slice:
+        """The routes of the family, and so the weights, that this table belongs to."""
+        return slice(self.first, self.first + self.read.shape[0])
+
+    def to(self, device: torch.device | str) -> "RouteTable":
+        """The same table on `device`."""
+        return RouteTable(self.read.to(device), self.write.to(device), self.segment, self.first)
+
+
+class Routes:
+    """Base of the route families. A family sets `num_routes` and defines `orders`.
+
+    Tables are made once per size and device and kept for the `_CACHED_SIZES` sizes used last.
+    """
+
+    num_routes: int
+
+    def __init__(self) -> None:
+        self._cache: OrderedDict[tuple[int, int, str], list[RouteTable]] = OrderedDict()
+
+    def orders(self, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+        """(K, T) int64: the cell that each route visits at each step."""
+        raise NotImplementedError
+
+    def make_tables(self, height: int, width: int, device: torch.device | str | None = None) -> list[RouteTable]:
+        """Tables of this family, in the order in which they are run; uncached."""
+        order = self.orders(height, width, device)
+        return [RouteTable(order, order)]
+
+    def tables(self, height: int, width: int, device: torch.device | str = "cpu") -> list[RouteTable]:
+        """Cached tables for one grid size and device.
+
+        Most families have one table. A family with several is a cascade: the scan of each table sees the output of
+        the one before it.
+
+        Raises:
+            ValueError: the grid has no cell.
+        """
+        if torch.compiler.is_compiling():  # a traced graph must own its tables: sizes may be symbolic
+            return self.make_tables(height, width, device)
+        if height < 1 or width < 1:
+            raise ValueError(f"a route needs a grid of at least 1 x 1 cells, got {height} x {width}")
+        key = (height, width, str(device))
+        if key not in self._cache:
+            # made outside of inference mode, or a later training step could not save them for backward
+            with torch.inference_mode(False):
+                self._cache[key] = [table.to(device) for table in self.make_tables(height, width)]
+            if len(self._cache) > _CACHED_SIZES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def multiplicity(self, height: int, width: int) -> torch.Tensor:
+        """(H, W) int64: how many routes write to each cell."""
+        count = torch.zeros(height * width, dtype=torch.int64)
+        for table in self.tables(height, width):
+            count += torch.bincount(table.write.flatten(), minlength=height * width)
+        return count.view(height, width)
+
+    def draw(self, height: int = 6, width: int = 8) -> "Figure":
+        """A matplotlib figure of every route: the path over the grid, coloured from its first to its last step."""
+        return _draw(self, height, width)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k != "num_routes")
+        return f"{type(self).__name__}({options})"
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": OrderedDict()}
+
+    def __deepcopy__(self, memo: dict) -> "Routes":
+        return self  # geometry never changes: copies of a model share it
+
+
+def _raster(height: int, width: int, device: torch.device | str | None) -> torch.Tensor:
+    return torch.arange(height * width, device=device)
+
+
+def _column(height: int, width: int, device: torch.device | str | None) -> torch.Tensor:
+    return torch.arange(height * width, device=device).view(height, width).t().reshape(-1)
+
+
+@ROUTES.register_module(name="raster")
+class Raster(Routes):
+    """Row by row, each from left to right."""
+
+    num_routes = 1
+
+    def orders(self, height, width, device=None):
+        return _raster(height, width, device)[None]
+
+
+@ROUTES.register_module(name="column")
+class Column(Routes):
+    """Column by column, each from top to bottom."""
+
+    num_routes = 1
+
+    def orders(self, height, width, device=None):
+        return _column(height, width, device)[None]
+
+
+@ROUTES.register_module(name="reversed")
+class Reversed(Routes):
+    """Another family, walked from its end: the raster unless `of` names one."""
+
+    def __init__(self, of: str | dict = "raster"):
+        super().__init__()
+        self.of = build_routes(of)
+        self.num_routes = self.of.num_routes
+
+    def orders(self, height, width, device=None):
+        return self.of.orders(height, width, device).flip(-1)
+
+
+@ROUTES.register_module(name="cross")
+class Cross(Routes):
+    """VMamba's four routes (SS2D, cross2d): rows, columns, and both reversed."""
+
+    num_routes = 4
+
+    def orders(self, height, width, device=None):
+        forward = torch.stack([_raster(height, width, device), _column(height, width, device)])
+        return torch.cat([forward, forward.flip(-1)])  # (4, H*W)
+
+
+@ROUTES.register_module(name="bidirectional")
+class Bidirectional(Routes):
+    """The raster `repeats` times, then its reverse `repeats` times, each with weights of its own."""
+
+    def __init__(self, repeats: int = 2):
+        super().__init__()
+        self.repeats = _positive("repeats", repeats)
+        self.num_routes = 2 * repeats
+
+    def orders(self, height, width, device=None):
+        forward = _raster(height, width, device).expand(self.repeats, -1)
+        return torch.cat([forward, forward.flip(-1)])  # (2 * repeats, H*W)
+
+
+@ROUTES.register_module(name="unidirectional")
+class Unidirectional(Routes):
+    """The raster `repeats` times, each with weights of its own."""
+
+    def __init__(self, repeats: int = 4):
+        super().__init__()
+        self.num_routes = self.repeats = _positive("repeats", repeats)
+
+    def orders(self, height, width, device=None):
+        return _raster(height, width, device).repeat(self.repeats, 1)
+
+
+@ROUTES.register_module(name="rotations")
+class Rotations(Routes):
+    """The raster of the map turned by 0, 90, 180 and 270 degrees counter-clockwise."""
+
+    num_routes = 4
+
+    def orders(self, height, width, device=None):
+        grid = _raster(height, width, device).view(height, width)
+        return torch.stack([torch.rot90(grid, turns).reshape(-1) for turns in range(4)])  # (4, H*W)
+
+
+@ROUTES.register_module(name="cascade")
+class Cascade(Routes):
+    """VMamba's cascade2d: every row on its own, both ways, then every column of the result, both ways.
+
+    A reversed line is read from its end but its outputs are written from the start of the line, as the original does
+    (it adds the two directions without turning the second one back).
+    """
+
+    num_routes = 4
+
+    def orders(self, height, width, device=None):
+        rows = _raster(height, width, device).view(height, width)
+        columns = rows.t()
+        lines = (rows, rows.flip(-1), columns, columns.flip(-1))
+        return torch.stack([line.reshape(-1) for line in lines])  # (4, H*W)
+
+    def make_tables(self, height, width, device=None):
+        order = self.orders(height, width, device)
+        return [
+            RouteTable(order[:2], order[:1].expand(2, -1).contiguous(), segment=width, first=0),
+            RouteTable(order[2:], order[2:3].expand(2, -1).contiguous(), segment=height, first=2),
+        ]
+
+
+@ROUTES.register_module(name="compose")
+class Compose(Routes):
+    """Several families side by side, as if they were one; a list of names builds this."""
+
+    def __init__(self, families: list[str | dict]):
+        super().__init__()
+        if not families:
+            raise ValueError("compose needs at least one route family")
+        self.families = [build_routes(family) for family in families]
+        self.num_routes = sum(family.num_routes for family in self.families)
+
+    def orders(self, height, width, device=None):
+        orders = [family.orders(height, width, device) for family in self.families]
+        lengths = {order.shape[1] for order in orders}
+        if len(lengths) > 1:
+            raise ValueError(f"routes of different lengths cannot run in one scan: {self} has {sorted(lengths)} steps")
+        return torch.cat(orders)  # (sum of K, T)
+
+    def make_tables(self, height, width, device=None):
+        made = [family.make_tables(height, width, device) for family in self.families]
+        if any(len(tables) > 1 or tables[0].segment is not None for tables in made):
+            raise ValueError(f"a cascade cannot run beside other routes: {self}")
+        self.orders(height, width, device)  # checks the lengths
+        return [RouteTable(torch.cat([t[0].read for t in made]), torch.cat([t[0].write for t in made]))]
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def build_routes(spec: "str | dict | list | Routes") -> Routes:
+    """A route family from its name, from ``dict(type=name, ...)``, or from a list of these (side by side)."""
+    if isinstance(spec, Routes):
+        return spec
+    if isinstance(spec, (list, tuple)):
+        return Compose(list(spec))
+    return build(ROUTES, spec)
+
+
+def list_routes() -> list[str]:
+    """Names of all route families."""
+    return sorted(ROUTES.module_dict)
+
+
+def describe_routes(name: str) -> str:
+    """First line of a family's documentation."""
+    return (lookup(ROUTES, name).__doc__ or "").strip().splitlines()[0]
+
+
+def _draw(routes: Routes, height: int, width: int) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.collections import LineCollection
+    from matplotlib.figure import Figure
+
+    panels = [
+        (table.first + k, table.read[k].tolist(), table.segment or table.read.shape[1])
+        for table in routes.tables(height, width)
+        for k in range(table.read.shape[0])
+    ]
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.1 * columns, 3.1 * rows * height / width + 0.75), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (number, order, segment) in zip(axes.flat, panels):
+        points = [(cell % width, cell // width) for cell in order]
+        steps = [t for t in range(len(points) - 1) if (t + 1) % segment]
+        path = LineCollection([points[t : t + 2] for t in steps], cmap="viridis", linewidths=2.2, capstyle="round")
+        path.set_array([t / max(len(points) - 1, 1) for t in steps])
+        axis.add_collection(path)
+        axis.scatter(*zip(*points), s=14, color="#c9ccd3", zorder=2, linewidths=0)
+        for start in range(0, len(points), segment):
+            end = min(start + segment, len(points)) - 1
+            axis.scatter(*points[start], s=46, color="#440154", zorder=3, label="start" if start == 0 else None)
+            axis.scatter(*points[end], s=46, color="#e3a60b", marker="s", zorder=3, label="end" if not start else None)
+        axis.set(xlim=(-0.7, width - 0.3), ylim=(height - 0.3, -0.7), aspect="equal")
+        axis.set_title(f"route {number}", fontsize=9, color="#333333")
+    figure.suptitle(f"{type(routes).__name__.lower()} on {height} x {width} cells", fontsize=11)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,293 @@
+"""Reading checkpoint files and loading them into backbones, with a report of every key.
+
+Nothing a file contains is ever run: tensors come from safetensors or from PyTorch's weights-only reader, and objects
+that a training script pickled beside them (a config, say) become inert placeholders.
+"""
+
+import os
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .backbones.base import Backbone
+from .layers import resample_position_table
+from .registry import BACKBONES
+
+_CONTAINERS = ("model", "state_dict", "module")
+_EMA_CONTAINERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, or does not fit the model."""
+
+
+@dataclass
+class LoadReport:
+    """What became of every key of a checkpoint and of the model.
+
+    Attributes:
+        source: file or description of the checkpoint.
+        loaded: our names of the tensors that were loaded.
+        ignored: names left out, by the rule that allows it.
+        missing: our names that the checkpoint does not have.
+        unexpected: names that the model does not have.
+        mismatched: our name, shape in the checkpoint, shape in the model.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    ignored: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every key was loaded or ignored by a rule."""
+        return not (self.missing or self.unexpected or self.mismatched)
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        lines += [f"  ignored, {rule}: {_preview(names)}" for rule, names in self.ignored.items()]
+        lines += [f"  missing from the file: {_preview(self.missing)}"] * bool(self.missing)
+        lines += [f"  not in the model: {_preview(self.unexpected)}"] * bool(self.unexpected)
+        shapes = [f"{name} {list(have)} in the file, {list(want)} in the model" for name, have, want in self.mismatched]
+        lines += [f"  wrong shape: {_preview(shapes)}"] * bool(shapes)
+        return "\n".join(lines)
+
+
+def _preview(names: Iterable[str], count: int = 6) -> str:
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+class _Inert(dict):
+    """Stands in for an object of a class that is not a tensor's: holds its state, runs nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_checkpoint(file: str | os.PathLike) -> Any:
+    """Contents of a ``.safetensors`` file or of a PyTorch checkpoint, tensors on the CPU, nothing of it run.
+
+    Raises:
+        FileNotFoundError: no such file. CheckpointError: empty, truncated, corrupt, or not a checkpoint at all.
+    """
+    path = Path(file)
+    if not path.is_file():
+        near = [other.name for other in path.parent.glob("*") if other.suffix in (".pth", ".pt", ".safetensors", ".bin")]
+        listing = f" Checkpoints in that folder: {_preview(sorted(near))}." if near else ""
+        raise FileNotFoundError(f"no checkpoint file {path}.{listing}")
+    head = path.open("rb").read(512)
+    if not head:
+        raise CheckpointError(f"{path} is empty: the download or copy failed; fetch it again")
+    if head.lstrip()[:1] == b"<":
+        raise CheckpointError(f"{path} is a web page, not a checkpoint: the link asked for a login or has moved")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return _read_torch(path)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated, corrupt, or no checkpoint: {_first_line(error)}."
+            " Compare its size with the published one and fetch it again"
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if not names:
+            raise
+    with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint, without the wrappers and prefixes that training adds.
+
+    Looks into ``model``, ``state_dict`` and ``module``; where averaged weights (``model_ema`` and the like) lie beside
+    them, these are taken unless `ema` is False. Strips what data parallelism, compilation and wrappers prepend.
+
+    Raises:
+        CheckpointError: there is no state dict inside.
+    """
+    content = checkpoint
+    for _ in range(4):  # a container may hold a container
+        if not isinstance(content, Mapping):
+            break
+        order = _EMA_CONTAINERS + _CONTAINERS if ema else _CONTAINERS + _EMA_CONTAINERS
+        inner = next((content[name] for name in order if isinstance(content.get(name), Mapping) and content[name]), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        held = _preview(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+        raise CheckpointError(f"{source} holds no state dict; found {held}")
+    for _ in range(4):
+        prefix = next((p for p in _PREFIXES if sum(key.startswith(p) for key in tensors) > len(tensors) // 2), None)
+        if prefix is None:
+            return tensors
+        # heads of another task stay under their own names and are reported
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
+
+
+def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Which family or variant a state dict belongs to, as far as its keys and shapes tell."""
+    keys = set(tensors)
+    if not model.recognises(keys):
+        owner = next((cls.family for cls in BACKBONES.module_dict.values() if cls.recognises(keys)), None)
+        origin = f"it looks like a {owner} checkpoint" if owner else f"its keys begin with {_preview(sorted(keys), 3)}"
+        return f"this is no {model.family} checkpoint: {origin}"
+    ours = model.official_keys(dict(tensors))
+    for name, settings in model.variants.items():
+        if name == model.variant:
+            continue
+        with torch.device("meta"):
+            other = type(model)(**{**settings, "num_classes": _num_classes(ours)})
+        shapes = {key: tuple(value.shape) for key, value in other.state_dict().items()}
+        if shapes == {key: tuple(value.shape) for key, value in ours.items()}:
+            return f"the file fits {name}, not {model.variant or 'this model'}"
+    return "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
+
+
+def _num_classes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
+
+
+def load_state_dict(
+    model: Backbone,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    source: str = "state dict",
+    strict: bool = True,
+    reset_head: bool = False,
+) -> LoadReport:
+    """Load an official state dict, or one of ours, into a backbone.
+
+    Left out by rule: the classifier where the model has none; later stages than a `features_only` model needs; output
+    norms that a classifier's weights do not have; with `reset_head`, a classifier of another size.
+
+    Args:
+        model: the backbone, changed in place (not at all if this raises).
+        tensors: state dict under official names or ours.
+        source: how messages call the state dict.
+        strict: raise when a key is neither loaded nor ignored by a rule.
+        reset_head: keep the model's fresh classifier when the file's has another number of classes or none.
+
+    Raises:
+        CheckpointError: another family's or variant's weights, or, if strict, any key left over.
+    """
+    if not model.recognises(set(tensors)):
+        raise CheckpointError(f"{source} cannot be loaded: {_explain_misfit(model, tensors)}")
+    given = model.official_keys(dict(tensors))
+    wanted = model.state_dict()
+    report = LoadReport(source)
+    accepted: dict[str, torch.Tensor] = {}
+    for key, value in given.items():
+        if key not in wanted:
+            rule = _rule_for_extra(model, key)
+            if rule:
+                report.ignored.setdefault(rule, []).append(key)
+            else:
+                report.unexpected.append(key)
+            continue
+        target = wanted[key]
+        if key == "pos_embed.table" and value.ndim == 4 and value.shape[:2] == target.shape[:2]:
+            value = resample_position_table(value, *target.shape[2:])
+        if value.shape != target.shape:
+            if reset_head and key.startswith("head."):
+                report.ignored.setdefault("classifier of another size, re-initialised", []).append(key)
+            else:
+                report.mismatched.append((key, tuple(value.shape), tuple(target.shape)))
+            continue
+        accepted[key] = value
+        report.loaded.append(key)
+    seen = set(given)
+    for key in wanted:
+        if key in seen:
+            continue
+        if key.startswith("out_norms."):
+            report.ignored.setdefault("output norms that a classifier's weights do not have", []).append(key)
+        elif reset_head and key.startswith("head."):
+            report.ignored.setdefault("no classifier in the file, initialised anew", []).append(key)
+        else:
+            report.missing.append(key)
+    if strict and not report.complete:
+        head_only = all(name.startswith("head.") for name, _, _ in report.mismatched) and not (
+            report.missing or report.unexpected
+        )
+        advice = (
+            f"the classifier has {_num_classes(given)} classes in the file and {model.num_classes} in the model; pass"
+            " reset_head=True to start it anew"
+            if head_only
+            else _explain_misfit(model, tensors)
+        )
+        raise CheckpointError(f"{source} does not fit: {advice}\n{report}")
+    model.load_state_dict(accepted, strict=False)
+    return report
+
+
+def _rule_for_extra(model: Backbone, key: str) -> str | None:
+    if key.startswith(("head.", "norm.")) and isinstance(model.head, nn.Identity):
+        if model.features_only or key.startswith("head."):
+            return "classifier of a model without one"
+    stage = re.match(r"stages\.(\d+)\.", key)
+    if model.features_only and stage and int(stage[1]) >= len(model.stages):
+        return "stage behind the last one asked for"
+    return None
+
+
+def load_weights(
+    model: Backbone,
+    file: str | os.PathLike,
+    *,
+    strict: bool = True,
+    reset_head: bool = False,
+    ema: bool = True,
+    verbose: bool = True,
+) -> LoadReport:
+    """Load an official checkpoint file, or one of ours, into a backbone, and report on every key.
+
+    Args:
+        model: backbone of the variant that the file belongs to.
+        file: ``.safetensors`` or PyTorch checkpoint, with or without wrappers (see `unwrap`).
+        strict, reset_head: see `load_state_dict`.
+        ema: prefer averaged weights where the file has both.
+        verbose: print the report.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see `read_checkpoint` and `load_state_dict`.
+    """
+    tensors = unwrap(read_checkpoint(file), str(file), ema=ema)
+    report = load_state_dict(model, tensors, source=str(file), strict=strict, reset_head=reset_head)
+    if verbose:
+        print(report)
+    return report
