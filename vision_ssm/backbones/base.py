@@ -24,7 +24,8 @@ DEFAULT_PRETRAINED_CFG = dict(
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Rates rising linearly from 0 to `rate` over all blocks, grouped by stage."""
-    rates = torch.linspace(0, rate, sum(depths)).tolist()
+    last = max(sum(depths) - 1, 1)
+    rates = [rate * i / last for i in range(sum(depths))]
     starts = [sum(depths[:i]) for i in range(len(depths))]
     return [rates[start : start + depth] for start, depth in zip(starts, depths)]
 

@@ -91,8 +91,8 @@ class ImageFolder(Dataset):
     """Images in ImageNet layout: ``root/split/CLASS/any/depth/name.jpg``, one folder per class.
 
     Files ending in one of `decode.EXTENSIONS` (in any case) are images; the rest is ignored, as are names that begin
-    with a dot. Labels follow the sorted folder names, or the order of `classes`. `decode.load_image` says how images are
-    read.
+    with a dot. Labels follow the sorted folder names, or the order of `classes`. Images are read by `load_image`, which
+    states its conversions.
 
     A file that cannot be read is replaced by the next readable one in the dataset, with that one's label and path, so
     every run replaces alike. The first such file is warned about, all are counted in `skipped`, across workers.
@@ -426,7 +426,8 @@ def check_same_classes(first: ImageFolder, second: ImageFolder) -> None:
         return
     differences = []
     for one, other in ((first, second), (second, first)):
-        alone = [name for name in one.classes if name not in other.class_to_index]
+        known = set(other.classes)
+        alone = [name for name in one.classes if name not in known]
         if alone:
             differences.append(f"only in {str(one.folder)!r}: {_listed(alone)}")
     if not differences:

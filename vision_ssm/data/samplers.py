@@ -76,7 +76,7 @@ class EpochSampler(Sampler[int]):
         return int(order[position % len(order)])
 
     def __iter__(self) -> Iterator[int]:
-        # A generator: the pending skip is used up when the first index is drawn, not when DataLoader merely calls iter().
+        # A generator: the pending skip is used up by the first index drawn, not when DataLoader merely calls iter().
         start, self._skip = self._skip, 0
         epoch = self.epoch
         endless = self.endless and len(self) > 0

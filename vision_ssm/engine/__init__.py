@@ -1,0 +1,40 @@
+"""Training and evaluation on mmengine: classifier, optimizer groups, exact resume, hooks, metrics."""
+
+from .checkpoint import read_training, write_checkpoint
+from .classifier import ImageBatch, ImageClassifier, build_loss
+from .hooks import (
+    CheckpointHook,
+    NonFiniteError,
+    NonFiniteHook,
+    PicturesHook,
+    ProgressHook,
+    RecordHook,
+    find_non_finite,
+)
+from .loops import EpochTrainLoop
+from .metrics import ClassificationMetric, Evaluation, Prediction
+from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
+from .runner import Runner
+
+__all__ = [
+    "CheckpointHook",
+    "ClassificationMetric",
+    "EpochTrainLoop",
+    "Evaluation",
+    "ImageBatch",
+    "ImageClassifier",
+    "MixedPrecisionOptimWrapper",
+    "NonFiniteError",
+    "NonFiniteHook",
+    "ParameterGroups",
+    "PicturesHook",
+    "Prediction",
+    "ProgressHook",
+    "RecordHook",
+    "Runner",
+    "build_loss",
+    "find_non_finite",
+    "parameter_groups",
+    "read_training",
+    "write_checkpoint",
+]

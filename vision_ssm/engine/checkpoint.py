@@ -213,7 +213,7 @@ FINGERPRINTED = (
     "custom_hooks",
     "randomness",
 )
-IRRELEVANT = ("root", "data_root", "strict", "deterministic")
+IRRELEVANT = ("root", "pretrained", "strict", "deterministic")
 
 
 def fingerprint(cfg: Mapping[str, Any]) -> dict[str, str]:

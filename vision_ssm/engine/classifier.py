@@ -147,5 +147,6 @@ class ImageClassifier(BaseModel):
             top1 = (logits.detach().argmax(1) == hard).float().mean() * 100
             return {"loss": self.loss(logits, label), "top1": top1}
         if mode == "predict":
-            return [dict(logits=row, label=truth, path=file) for row, truth, file in zip(logits, label.tolist(), path)]
+            rows = zip(logits, label.tolist(), path, strict=True)
+            return [dict(logits=row, label=truth, path=file) for row, truth, file in rows]
         raise ValueError(f"unknown mode {mode!r}.{suggest(mode, ('tensor', 'loss', 'predict'))}")

@@ -29,6 +29,7 @@ HARMLESS = (
     r".*broadcast_buffers.*deprecated",
     r"Setting (OMP|MKL)_NUM_THREADS environment variable",
     r"Multi-processing start method",
+    r"Detected call of `scheduler.step\(\)` before `optimizer.step\(\)`",
     r"This DataLoader will create \d+ worker processes",
 )
 """Patterns of warnings of mmengine, mmcv, mmseg, mmdet and torch that concern nobody who uses this library."""

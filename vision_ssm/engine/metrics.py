@@ -1,4 +1,4 @@
-"""Classification metrics: top-1, top-5, mean per-class accuracy, loss; with all that tables and pictures need."""
+"""Classification metrics: top-1, top-5, mean per-class accuracy, cross-entropy; and what tables and pictures need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Evaluation:
 
 @METRICS.register_module()
 class ClassificationMetric(BaseMetric):
-    """``top1``, ``top5`` (with more than five classes), ``mean_class_accuracy`` (all in %) and ``loss``.
+    """``top1``, ``top5`` (with more than five classes), ``mean_class_accuracy`` (all in %) and ``cross_entropy``.
 
     Every image counts once, also when several processes share the work. After `evaluate`, the attribute `evaluation`
     of the main process holds an `Evaluation`.
@@ -92,10 +92,11 @@ class ClassificationMetric(BaseMetric):
         loss = functional.cross_entropy(logits, label[:, 0], reduction="none")
         columns = (label[:, 0].tolist(), predicted.tolist(), rank.tolist(), confidence.tolist(), loss.tolist())
         self.class_count = count
-        self.results += [Prediction(sample["path"], *row) for sample, *row in zip(data_samples, *columns)]
+        self.results += [Prediction(sample["path"], *row) for sample, *row in zip(data_samples, *columns, strict=True)]
 
-    def compute_metrics(self, results: list[Prediction]) -> dict[str, float]:
+    def compute_metrics(self, results: list) -> dict[str, float]:
         """Metrics over the images of all processes; called in the main process."""
+        results = [Prediction(*result) for result in results]  # mmengine has made plain tuples of them
         count = self.class_count
         label = torch.tensor([result.label for result in results])
         predicted = torch.tensor([result.predicted for result in results])
@@ -107,7 +108,7 @@ class ClassificationMetric(BaseMetric):
         accuracies = confusion.diagonal()[present] / confusion.sum(1)[present]
         metrics = {f"top{k}": (rank < k).float().mean().item() * 100 for k in self.topk if k == 1 or k < count}
         metrics["mean_class_accuracy"] = accuracies.mean().item() * 100
-        metrics["loss"] = sum(result.loss for result in results) / len(results)
+        metrics["cross_entropy"] = sum(result.loss for result in results) / len(results)
         return metrics
 
 

@@ -125,7 +125,8 @@ def groups_table(groups: list[dict[str, Any]]) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(6)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:

@@ -251,7 +251,7 @@ class Runner(mmengine.runner.Runner):
     def _continue(self, filename: str | Path, checkpoint: dict[str, Any]) -> None:
         """Put model, optimizer, schedulers, records, random generators and position back to those of `checkpoint`."""
         if not is_training_state(checkpoint):
-            raise CheckpointError(f"{filename} holds a model but no training state; resume from an epoch_ or iter_ file")
+            raise CheckpointError(f"{filename} holds no training state; resume from an epoch_ or iter_ file")
         meta = checkpoint["meta"]
         differences = fingerprint_differences(meta["fingerprint"], fingerprint(self.cfg))
         if meta["world_size"] != self.world_size:
@@ -267,7 +267,8 @@ class Runner(mmengine.runner.Runner):
             self.logger.warning(f"Resuming although the config differs from that of {filename}:\n  {listed}")
         self._load_weights(checkpoint, filename)
         self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
-        for scheduler, state in zip(self.param_schedulers or [], checkpoint.get("param_schedulers", [])):
+        saved = checkpoint.get("param_schedulers", [])
+        for scheduler, state in zip(self.param_schedulers or [], saved, strict=not differences):
             scheduler.load_state_dict(state)
         unpack_messages(self.message_hub, checkpoint["message_hub"])
         position = {key: meta[key] for key in ("epoch", "iter", "batch", "validation_due")}
@@ -293,7 +294,22 @@ class Runner(mmengine.runner.Runner):
         count = sum(parameter.numel() for parameter in self.bare_model.parameters())
         self._check_classes()
         self.logger.info(f"Model {name} with {count:,} parameters; work dir {self.work_dir}")
-        return super().train()
+        try:
+            return super().train()
+        finally:
+            self.call_hook("end_display")
+            self._report_skipped(self.train_dataloader.dataset)
+
+    def test(self) -> dict:
+        """Evaluate on the test loader, and return the metrics."""
+        metrics = super().test()
+        self._report_skipped(self.test_dataloader.dataset)
+        return metrics
+
+    def _report_skipped(self, dataset: Any) -> None:
+        report = dataset.skip_report() if hasattr(dataset, "skip_report") else ""
+        if report:
+            self.logger.warning(report)
 
     def _check_classes(self) -> None:
         """Training and validation labels must agree with each other and with the model before anything is trained."""
@@ -310,5 +326,3 @@ class Runner(mmengine.runner.Runner):
 
 def _to_cpu(state: dict) -> dict:
     return apply_to(state, lambda item: isinstance(item, torch.Tensor), lambda tensor: tensor.detach().cpu())
-
-

@@ -287,7 +287,7 @@ def _draw(routes: Routes, height: int, width: int) -> "Figure":
     ]
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.1 * columns, 3.1 * rows * height / width + 0.75), dpi=140, layout="constrained")
+    figure = Figure(figsize=(3.1 * columns, 3.1 * rows * height / width + 1.0), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
@@ -295,8 +295,11 @@ def _draw(routes: Routes, height: int, width: int) -> "Figure":
     for axis, (number, order, segment) in zip(axes.flat, panels):
         points = [(cell % width, cell // width) for cell in order]
         steps = [t for t in range(len(points) - 1) if (t + 1) % segment]
-        path = LineCollection([points[t : t + 2] for t in steps], cmap="viridis", linewidths=2.2, capstyle="round")
-        path.set_array([t / max(len(points) - 1, 1) for t in steps])
+        pairs = [points[t : t + 2] for t in steps]
+        widths = [2.4 if abs(x1 - x0) + abs(y1 - y0) == 1 else 0.9 for (x0, y0), (x1, y1) in pairs]  # jumps are thin
+        path = LineCollection(pairs, cmap="viridis", linewidths=widths, capstyle="round")
+        path.set_array([(t % segment) / max(segment - 1, 1) for t in steps])
+        path.set_clim(0, 1)
         axis.add_collection(path)
         axis.scatter(*zip(*points), s=14, color="#c9ccd3", zorder=2, linewidths=0)
         for start in range(0, len(points), segment):

@@ -1,0 +1,89 @@
+"""Small pictures and a small config for the tests of the engine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+QUICKSTART = CONFIGS / "classification" / "quickstart_digits.py"
+CLASSES = ("bars", "blob", "rows")
+TRAIN_PER_CLASS, VAL_PER_CLASS, BATCH = 12, 4, 4
+ITERATIONS = TRAIN_PER_CLASS * len(CLASSES) // BATCH
+
+
+def write_pictures(root: Path) -> Path:
+    """Grey 32 x 32 PNG files of three easy classes: vertical bars, a blob, horizontal rows; in ImageNet layout."""
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[:32, :32]
+    for split, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                shift = generator.uniform(0, 6)
+                pattern = {
+                    "bars": np.sin((x + shift) * 0.8),
+                    "rows": np.sin((y + shift) * 0.8),
+                    "blob": 2 * np.exp(-((x - 13 - shift) ** 2 + (y - 16) ** 2) / 60) - 1,
+                }[name]
+                noisy = 127 + 90 * pattern + generator.normal(0, 12, (32, 32))
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number:02}.png")
+    return root
+
+
+def small_config(data: Path, work_dir: Path, epochs: int = 2) -> Config:
+    """The quick start's config, cut down to a model and a run of seconds, with all the randomness a run can have."""
+    cfg = Config.fromfile(str(QUICKSTART))
+    cfg.work_dir = str(work_dir)
+    cfg.model = dict(
+        type="vision_ssm.ImageClassifier",
+        backbone=dict(name="vmamba_micro", in_chans=1, dims=8, depths=(1, 1), drop_path_rate=0.2, drop_rate=0.1),
+        num_classes=len(CLASSES),
+        loss=dict(type="SoftTargetCrossEntropy"),
+        mixup=dict(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1),
+    )
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.batch_size = BATCH
+        loader.dataset.root = str(data)
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=1)
+    cfg.param_scheduler = [
+        dict(type="LinearLR", start_factor=0.1, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
+        dict(type="CosineAnnealingLR", eta_min_ratio=0.1, begin=1, end=epochs, by_epoch=True, convert_to_iter_based=True),
+    ]
+    cfg.visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
+    return cfg
+
+
+def plain(cfg: Config) -> Config:
+    """`cfg` without any noise in the model: no mixing, no dropped paths."""
+    cfg.model.update(loss=dict(type="CrossEntropyLoss"), mixup=None)
+    cfg.model.backbone.update(drop_path_rate=0.0, drop_rate=0.0)
+    return cfg
+
+
+def differences(first: object, second: object, where: str = "") -> list[str]:
+    """Places where two nested structures of tensors and plain values differ; tensors are compared bit by bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return [] if torch.equal(first, second) else [f"{where}: tensors differ"]
+    if isinstance(first, dict) and isinstance(second, dict):
+        if first.keys() != second.keys():
+            return [f"{where}: keys {sorted(map(str, first.keys() ^ second.keys()))}"]
+        return [line for key in first for line in differences(first[key], second[key], f"{where}/{key}")]
+    if isinstance(first, (list, tuple)) and isinstance(second, (list, tuple)) and len(first) == len(second):
+        return [line for i, pair in enumerate(zip(first, second)) for line in differences(*pair, f"{where}/{i}")]
+    return [] if first == second else [f"{where}: {first!r} != {second!r}"]
+
+
+def run_python(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess:
+    """A Python process in the repository's root with one thread; never raises for its exit code."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

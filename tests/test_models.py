@@ -1,0 +1,220 @@
+"""What every backbone of the registry must do. Models are found in the registry: a new family is tested by itself."""
+
+import inspect
+
+import pytest
+import torch
+from timm.optim import param_groups_layer_decay
+
+import vision_ssm
+from vision_ssm.factory import families, find_family
+from vision_ssm.registry import BACKBONES
+
+MICRO = vision_ssm.list_models("*_micro")
+SIZES = [(64, 64), (96, 160), (65, 97), (32, 32)]
+# parameters that the published architecture has and never uses, with the reason
+WITHOUT_GRADIENT: dict[str, set[str]] = {}
+PARAMETERS = {
+    "vanilla_vmamba_tiny": 22_893_448,
+    "vanilla_vmamba_small": 44_417_416,
+    "vanilla_vmamba_base": 76_254_056,
+    "vmamba_tiny_s2l5": 30_705_832,
+    "vmamba_small_s2l15": 50_147_752,
+    "vmamba_base_s2l15": 88_557_800,
+    "vmamba_tiny_s1l8": 30_249_064,
+    "vmamba_small_s1l20": 49_012_840,
+    "vmamba_base_s1l20": 86_614_504,
+    "vmamba_tiny_m2": 25_340_296,
+    "vmamba_small_m2": 39_079_816,
+    "vmamba_base_m2": 67_527_528,
+}
+
+
+def test_every_family_has_a_micro_variant():
+    assert {find_family(name).family for name in MICRO} == set(families())
+
+
+@pytest.mark.parametrize("name", [name for name in vision_ssm.list_models() if name not in MICRO])
+def test_published_parameter_count(name):
+    with torch.device("meta"):
+        model = vision_ssm.create_model(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    assert model.variant == name
+
+
+@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_any_size(name, size):
+    model = vision_ssm.create_model(name, num_classes=7).eval()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        logits, features, maps = model(x), model.forward_features(x), model.forward_intermediates(x)
+    assert logits.shape == (2, 7) and torch.isfinite(logits).all()
+    torch.testing.assert_close(model.forward_head(features), logits)
+    for info, feature in zip(model.feature_info, maps, strict=True):
+        expected = tuple(-(-side // info["reduction"]) for side in size)
+        assert feature.shape == (2, info["num_chs"], *expected)
+    assert features.shape == maps[-1].shape
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_gradient_reaches_every_parameter(name):
+    model = vision_ssm.create_model(name, num_classes=5).train()
+    model(torch.randn(2, 3, 64, 96)).square().sum().backward()
+    without = {key for key, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()}
+    assert without == WITHOUT_GRADIENT.get(name, set())
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_grad_checkpointing_changes_nothing(name):
+    model = vision_ssm.create_model(name, num_classes=5).train()
+    x = torch.randn(2, 3, 32, 64)
+    grads = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(x).sum().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, recomputed in zip(*grads):
+        torch.testing.assert_close(plain, recomputed)
+
+
+@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_autocast_is_finite_forward_and_backward(name, dtype, scale):
+    model = vision_ssm.create_model(name, num_classes=5).train()
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model(scale * torch.randn(2, 3, 32, 64)).float().square().mean()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_features_only(name):
+    classifier = vision_ssm.create_model(name).eval()
+    count = len(classifier.feature_info)
+    model = vision_ssm.create_model(name, features_only=True, out_indices=(0, -2)).eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps = model(x)
+    assert [m.shape[1] for m in maps] == [classifier.feature_info[i]["num_chs"] for i in (0, count - 2)]
+    assert len(model.stages) == count - 1, "stages behind the last feature get no gradient and must not be built"
+    assert model.num_classes == 0 and not any(key.startswith(("head", "norm.")) for key in model.state_dict())
+    for m in maps:  # fresh output norms: zero mean, unit variance over channels
+        torch.testing.assert_close(m.mean(1), torch.zeros_like(m.mean(1)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(m.var(1, unbiased=False), torch.ones_like(m.mean(1)), atol=1e-2, rtol=0)
+    raw = vision_ssm.create_model(name, features_only=True, out_norm=False)
+    vision_ssm.weights.load_state_dict(raw, classifier.state_dict())
+    with torch.no_grad():
+        for ours, theirs in zip(raw.eval()(x), classifier.forward_intermediates(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    with pytest.raises(ValueError, match="was built for out_indices"):
+        model.forward_intermediates(x, out_indices=(count - 1,))
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_classifier_surgery(name):
+    model = vision_ssm.create_model(name, num_classes=0).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert model(x).shape == (1, model.num_features)
+    assert isinstance(model.get_classifier(), torch.nn.Identity)
+    model.double().reset_classifier(11)
+    assert model(x.double()).shape == (1, 11) and model.num_classes == 11
+    one_channel = vision_ssm.create_model(name, in_chans=1, num_classes=2)
+    assert one_channel(torch.randn(1, 1, 32, 32)).shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_layer_decay_groups_cover_each_parameter_once(name):
+    model = vision_ssm.create_model(name)
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(id(parameter) for parameter in model.parameters())
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    stem = max(scale[id(p)] for key, p in names.items() if key.startswith("stem"))
+    first = max(scale[id(p)] for key, p in names.items() if key.startswith("stages.0.blocks.0"))
+    last = min(scale[id(p)] for key, p in names.items() if key.startswith(f"stages.{len(model.stages) - 1}.blocks"))
+    assert stem < first < last <= scale[id(model.head.weight)] == 1.0
+    assert model.no_weight_decay() <= set(names)
+    kept = {key for key in names if key.endswith((".A_log", ".D", ".dt_proj_bias"))}
+    assert kept and kept <= model.no_weight_decay()
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_compiles_to_one_graph(name):
+    model = vision_ssm.create_model(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 32, 48)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_exports(name):
+    model = vision_ssm.create_model(name, num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 48)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("scan", vision_ssm.list_scans())
+def test_any_scan_in_any_backbone(name, scan):
+    model = vision_ssm.create_model(name, num_classes=3, scan=scan)
+    model(torch.randn(1, 3, 33, 50)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_scan_options_replace_some_of_the_variants_own():
+    model = vision_ssm.create_model("vmamba_micro", scan=dict(routes="bidirectional", state_dim=3))
+    mixer = model.stages[0].blocks[0].mixer
+    assert mixer.core.state_dim == 3 and repr(mixer.core.routes) == "Bidirectional(repeats=2)"
+    assert not mixer.gate and mixer.core.dim == 16  # still the variant's
+    other = vision_ssm.create_model("vmamba_micro", scan=dict(type="multi_direction"))
+    assert other.stages[0].blocks[0].mixer.gate and other.stages[0].blocks[0].mixer.core.dim == 32
+    none = vision_ssm.create_model("vmamba_micro", scan=False)
+    assert none.stages[0].blocks[0].mixer is None
+
+
+def test_position_table_serves_any_size():
+    model = vision_ssm.create_model("vmamba_micro", pos_embed=True, img_size=64, num_classes=2)
+    assert model.pos_embed.table.shape == (1, 16, 16, 16)
+    assert "pos_embed.table" in model.no_weight_decay()
+    assert model(torch.randn(1, 3, 64, 64)).shape == model(torch.randn(1, 3, 50, 90)).shape == (1, 2)
+
+
+def test_names_and_patterns():
+    assert vision_ssm.list_models("vmamba_tiny_*") == ["vmamba_tiny_m2", "vmamba_tiny_s1l8", "vmamba_tiny_s2l5"]
+    assert vision_ssm.list_models("nothing*") == []
+    for cls in BACKBONES.module_dict.values():
+        module = inspect.getmodule(cls)
+        assert all(callable(getattr(module, name)) for name in cls.variants), "entry points are generated"
+        assert {"paper:", "source:"} <= set(module.__doc__.lower().split()), "a family file names paper and source"
+
+
+@pytest.mark.parametrize(
+    "call,error,message",
+    [
+        (lambda: vision_ssm.create_model("vmamba_tiny_s1l9"), KeyError, "unknown model 'vmamba_tiny_s1l9'. Did you mean 'vmamba_tiny_s1l8'"),
+        (lambda: vision_ssm.create_model("vmamba_micro", drop_path=0.1), TypeError, "no keyword 'drop_path'. Did you mean 'drop_path_rate'"),
+        (lambda: vision_ssm.create_model("vmamba_micro", stem="convs"), ValueError, "unknown stem 'convs'. Did you mean 'conv'"),
+        (lambda: vision_ssm.create_model("vmamba_micro", norm="group"), ValueError, "unknown norm 'group'"),
+        (lambda: vision_ssm.create_model("vmamba_micro", num_classes=-1), ValueError, "num_classes must be 0"),
+        (lambda: vision_ssm.create_model("vmamba_micro", out_indices=(0,)), ValueError, "out_indices needs features_only=True"),
+        (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=(4,)), ValueError, r"different stages in 0..3, got \(4,\)"),
+        (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=2), TypeError, "sequence of stage numbers"),
+        (lambda: vision_ssm.create_model("vmamba_micro", pretrained=True), ValueError, "no official weights are published"),
+        (lambda: vision_ssm.create_model("vmamba_tiny_s1l8", pretrained=True), ValueError, "download https://github.com/MzeroMiko"),
+        (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 1, 64, 64)), ValueError, r"takes images \(B, 3, H, W\), got \(1, 1, 64, 64\)"),
+        (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 3, 31, 64)), ValueError, "at least 32 x 32 pixels, got 31 x 64"),
+        (lambda: vision_ssm.create_model("vmamba_micro", features_only=True).reset_classifier(3), ValueError, "no classifier to reset"),
+        (lambda: vision_ssm.create_model("vmamba_micro", dims=(16, 32)), ValueError, "one entry per stage"),
+    ],
+)  # fmt: skip
+def test_wrong_calls(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

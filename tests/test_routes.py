@@ -1,0 +1,151 @@
+"""Route families: geometry against written-out tables, and what every family must satisfy."""
+
+import copy
+import pickle
+
+import golden_cases
+import pytest
+import torch
+
+import vision_ssm
+from vision_ssm.ops import scan_2d
+from vision_ssm.scans import build_routes, describe_routes, list_routes
+
+SIZES = [(1, 1), (1, 5), (4, 1), (2, 3), (5, 7), (8, 8)]
+# options for families that need some; every other family is built by name
+SPECS = {"compose": dict(type="compose", families=["raster", dict(type="reversed", of="column")])}
+# cells of a 2 x 3 grid, numbered 0 1 2 / 3 4 5, in the order in which each route reads them
+READS = {
+    "raster": [[0, 1, 2, 3, 4, 5]],
+    "column": [[0, 3, 1, 4, 2, 5]],
+    "reversed": [[5, 4, 3, 2, 1, 0]],
+    "cross": [[0, 1, 2, 3, 4, 5], [0, 3, 1, 4, 2, 5], [5, 4, 3, 2, 1, 0], [5, 2, 4, 1, 3, 0]],
+    "bidirectional": [[0, 1, 2, 3, 4, 5]] * 2 + [[5, 4, 3, 2, 1, 0]] * 2,
+    "unidirectional": [[0, 1, 2, 3, 4, 5]] * 4,
+    "rotations": [[0, 1, 2, 3, 4, 5], [2, 5, 1, 4, 0, 3], [5, 4, 3, 2, 1, 0], [3, 0, 4, 1, 5, 2]],
+    "cascade": [[0, 1, 2, 3, 4, 5], [2, 1, 0, 5, 4, 3], [0, 3, 1, 4, 2, 5], [3, 0, 4, 1, 5, 2]],
+    "compose": [[0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 3, 0]],
+}
+
+
+def routes_of(name):
+    return build_routes(SPECS.get(name, name))
+
+
+def test_registry_lists_every_expected_table():
+    assert set(vision_ssm.list_routes()) == set(READS)
+    assert all(describe_routes(name).endswith(".") for name in READS)
+
+
+@pytest.mark.parametrize("name", list_routes())
+def test_reads_on_2x3(name):
+    routes = routes_of(name)
+    reads = torch.cat([table.read for table in routes.tables(2, 3)])
+    assert reads.tolist() == READS[name]
+    assert routes.num_routes == len(READS[name])
+
+
+@pytest.mark.parametrize("name", list_routes())
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_covers_every_cell(name, size):
+    routes, cells = routes_of(name), size[0] * size[1]
+    first = 0
+    for table in routes.tables(*size):
+        assert table.read.shape == table.write.shape and table.read.dtype == table.write.dtype == torch.int64
+        for visited in (table.read, table.write):
+            assert torch.equal(visited.sort(dim=1).values, torch.arange(cells).expand_as(visited))
+        assert table.routes == slice(first, first + len(table.read))
+        first = table.routes.stop
+        assert table.segment is None or cells % table.segment == 0
+    assert first == routes.num_routes
+    assert torch.equal(routes.multiplicity(*size), torch.full(size, routes.num_routes))
+
+
+@pytest.mark.parametrize("name", [name for name in list_routes() if name != "cascade"])
+def test_merging_a_scan_that_only_copies_gives_the_multiple(name):
+    routes, (height, width), dim = routes_of(name), (3, 5), 4
+    (table,) = routes.tables(height, width)
+    count = routes.num_routes
+    x = torch.randn(2, height * width, dim)
+    nothing = torch.zeros(2, height * width, count, 1)
+    merged = scan_2d(
+        x, torch.zeros(2, height * width, count, dim), -torch.ones(count, dim, 1), nothing, nothing,
+        torch.ones(count, dim), read=table.read, write=table.write, segment=table.segment,
+    )  # fmt: skip
+    torch.testing.assert_close(merged, count * x)
+
+
+MODES = {"cross2d": "cross", "unidi": "unidirectional", "bidi": "bidirectional", "rotations": "rotations"}
+
+
+@pytest.mark.parametrize("case", golden_cases.load("ops/cross_scan")["cases"], ids=lambda c: f"{c['mode']}-{c['H']}x{c['W']}")
+def test_golden_cross_scan(case):
+    (table,) = build_routes(MODES[case["mode"]]).tables(case["H"], case["W"])
+    x, ys = torch.tensor(case["x"]), torch.tensor(case["ys"])
+    assert x[table.read].tolist() == case["routes"]
+    merged = torch.zeros_like(x).index_add(0, table.write.flatten(), ys.flatten())
+    assert merged.tolist() == case["merged"]
+    per_route = torch.tensor(case["x_per_route"])
+    assert per_route.gather(1, table.read).tolist() == case["routes_per_route"]
+    assert torch.zeros_like(ys).scatter(1, table.write, ys).tolist() == case["merged_per_route"]
+
+
+def test_tables_are_cached_per_size_and_bounded():
+    routes = build_routes("cross")
+    assert routes.tables(4, 6) is routes.tables(4, 6)
+    assert routes.tables(6, 4) is not routes.tables(4, 6)
+    for width in range(1, 200):
+        routes.tables(1, width)
+    assert len(routes._cache) == 64
+
+
+def test_tables_made_under_inference_mode_serve_training():
+    routes = build_routes("cross")
+    with torch.inference_mode():
+        routes.tables(3, 3)
+    x = torch.randn(9, 2, requires_grad=True)
+    x.index_select(0, routes.tables(3, 3)[0].read[1]).sum().backward()
+    assert x.grad.eq(1).all()
+
+
+def test_copies_and_pickles():
+    routes = build_routes([dict(type="bidirectional", repeats=1), "column"])
+    routes.tables(2, 2)
+    for other in (copy.deepcopy(routes), pickle.loads(pickle.dumps(routes))):
+        assert other.num_routes == 3
+        assert torch.equal(other.tables(2, 2)[0].read, routes.tables(2, 2)[0].read)
+
+
+@pytest.mark.parametrize("name", list_routes())
+def test_draws_itself(name, tmp_path):
+    routes = routes_of(name)
+    figure = routes.draw(4, 5)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == [f"route {k}" for k in range(routes.num_routes)]
+    assert [round(float(v)) for v in figure.axes[0].collections[0].get_segments()[0].flatten()] == [0, 0, 1, 0] or (
+        name in ("column", "reversed")
+    )
+    figure.savefig(tmp_path / "routes.png")
+    assert (tmp_path / "routes.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "spec,error,message",
+    [
+        ("crss", KeyError, "unknown route 'crss'. Did you mean 'cross'"),
+        (dict(type="bidirectional", repeat=2), TypeError, "unknown keyword 'repeat'. 'repeat': Did you mean 'repeats'"),
+        (dict(type="bidirectional", repeats=0), ValueError, "repeats must be a positive whole number, got 0"),
+        ([], ValueError, "compose needs at least one"),
+        (3, TypeError, "given by name or as dict"),
+    ],
+)
+def test_wrong_specifications(spec, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(").replace(".", r"\.")):
+        build_routes(spec)
+
+
+def test_wrong_grids():
+    with pytest.raises(ValueError, match="at least 1 x 1 cells, got 0 x 3"):
+        build_routes("raster").tables(0, 3)
+    with pytest.raises(ValueError, match="cascade cannot run beside other routes"):
+        build_routes(["raster", "cascade"]).tables(2, 2)

@@ -1,0 +1,203 @@
+"""Configs on the command line: found or suggested, changed only where a key exists, checked before anything runs."""
+
+import difflib
+import inspect
+import os
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine import registry as root
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.runner import EpochBasedTrainLoop
+
+from vision_ssm.registry import suggest
+
+from .checkpoint import newest_checkpoint, read_training
+from .optim import PRECISIONS
+from .runner import Runner
+
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+SELF_CHECKED = ("backbone", "loss", "mixup", "transform", "paramwise_cfg")
+"""Parts of a config whose builders reject unknown keywords themselves."""
+TOP_LEVEL = ("resume_anyway", "compile", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
+"""Keys of a config that the Runner reads besides its constructor's keywords."""
+OWNERS = {"train_cfg": EpochBasedTrainLoop.__init__, "randomness": Runner.set_randomness}
+
+
+class UsageError(ValueError):
+    """A wrong command line; the message says what to change."""
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config file; if there is none, `UsageError` with the names of configs that look alike."""
+    path = Path(path)
+    if path.is_file():
+        return Config.fromfile(str(path))
+    folders = {folder for folder in (path.parent, Path("configs")) if folder.is_dir()}
+    files = {str(file) for folder in folders for file in folder.rglob("*.py") if "_base_" not in file.parts}
+    stems = {Path(file).stem: file for file in files}
+    close = [stems[stem] for stem in difflib.get_close_matches(path.stem, stems, n=3, cutoff=0.4)]
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    kind = "is a folder" if path.is_dir() else "does not exist"
+    raise UsageError(f"config {path} {kind}.{hint}")
+
+
+def _resolve(type_name: Any) -> Any:
+    """The class behind a config's ``type``, from whichever registry knows it, or None."""
+    if not isinstance(type_name, str):
+        return type_name
+    for name in ("MODELS", "DATASETS", "HOOKS", "METRICS", "OPTIM_WRAPPERS", "OPTIMIZERS", "PARAM_SCHEDULERS",
+                 "DATA_SAMPLERS", "VISUALIZERS", "VISBACKENDS", "LOG_PROCESSORS", "FUNCTIONS"):  # fmt: skip
+        try:
+            found = getattr(root, name).get(type_name)
+        except RuntimeError:  # mmengine's answer to an unknown name
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _keywords(target: Any) -> set[str] | None:
+    """Names of the keywords of a class or function; None if it takes any."""
+    names: set[str] = set()
+    bases = target.__mro__[:-1] if inspect.isclass(target) else ()
+    functions = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [target]
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return names - {"self"}
+    return None
+
+
+def check_option(cfg: Config, key: str) -> None:
+    """Check that `key`, such as ``optim_wrapper.optimizer.lr``, is one that `cfg` has or may have.
+
+    Raises:
+        UsageError: no such key; similar ones are named.
+    """
+    node: Any = cfg._cfg_dict
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth])
+        if isinstance(node, (list, tuple)):
+            if not part.lstrip("-").isdigit() or not -len(node) <= int(part) < len(node):
+                raise UsageError(f"--cfg-options {key}: {where} is a list of {len(node)}, {part!r} is no place in it")
+            node = node[int(part)]
+            continue
+        if not isinstance(node, Mapping):
+            raise UsageError(f"--cfg-options {key}: {where} is {node!r} and has no parts")
+        if part in node:
+            node = node[part]
+            continue
+        if depth and parts[depth - 1] in SELF_CHECKED:
+            return
+        if depth == 0:
+            allowed: set[str] | None = set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
+            allowed |= set(TOP_LEVEL)
+        else:
+            target = OWNERS.get(where) or _resolve(node.get("type"))
+            allowed = set() if target is None else _keywords(target)
+            if allowed is not None and where == "optim_wrapper":
+                allowed |= {"constructor", "paramwise_cfg"}
+        if allowed is None or part in allowed:
+            return
+        known = set(node) | allowed
+        raise UsageError(f"--cfg-options {key}: {where or 'the config'} has no key {part!r}.{suggest(part, known)}")
+
+
+def check_work_dir(path: str | Path) -> Path:
+    """Create the work dir and try to write into it; `UsageError` if that fails."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"work dir {path} is not writable ({error.strerror}); choose another with --work-dir"
+        ) from None
+    return path
+
+
+def set_data_root(cfg: Config, folder: str) -> None:
+    """Let every loader of `cfg` read from `folder`."""
+    if not Path(folder).is_dir():
+        raise UsageError(f"--data-root {folder} is not a folder; it should hold train/CLASS/*.png and val/CLASS/*.png")
+    for loader in LOADERS:
+        if cfg.get(loader) is not None:
+            cfg[loader].dataset.root = folder
+
+
+def add_common_flags(parser: ArgumentParser) -> None:
+    """Flags that training and testing share."""
+    parser.add_argument("--work-dir", metavar="DIR", help="folder for everything that is written")
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="data set in ImageNet layout (DIR/train/CLASS/*, DIR/val/CLASS/*)"
+    )
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE",
+        help="change the config, for example optim_wrapper.optimizer.lr=2e-3 train_cfg.max_epochs=5",
+    )  # fmt: skip
+    parser.add_argument(
+        "--launcher", choices=("none", "pytorch", "slurm"), default="none",
+        help="how the processes of a distributed run are started: pytorch means torchrun",
+    )  # fmt: skip
+
+
+def prepare(args: Namespace, default_work_dir: str) -> Config:
+    """The config of a command line, with the common flags applied and the work dir checked.
+
+    Raises:
+        UsageError: missing config, unknown option, work dir that cannot be written.
+    """
+    cfg = load_config(args.config)
+    cfg.work_dir = str(check_work_dir(args.work_dir or cfg.get("work_dir") or default_work_dir))
+    for key in args.cfg_options:
+        check_option(cfg, key)
+    cfg.merge_from_dict(args.cfg_options)
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+    cfg.launcher = args.launcher
+    return cfg
+
+
+def prepare_training(args: Namespace) -> Config:
+    """The config of a ``train.py`` command line. Raises `UsageError` as `prepare` does."""
+    cfg = prepare(args, str(Path("work_dirs") / Path(args.config).stem))
+    if args.amp:
+        cfg.optim_wrapper.precision = args.amp
+    cfg.setdefault("randomness", ConfigDict(seed=None))
+    if args.seed is not None:
+        cfg.randomness.seed = args.seed
+    if args.deterministic:
+        cfg.randomness.deterministic = True
+        cfg.setdefault("env_cfg", ConfigDict())
+        cfg.env_cfg.cudnn_benchmark = False
+        # cuBLAS reads this when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if args.resume or args.resume_anyway:
+        _set_resume(cfg, args.resume or "auto")
+        cfg.resume_anyway = args.resume_anyway
+    return cfg
+
+
+def _set_resume(cfg: Config, source: str) -> None:
+    cfg.resume = True
+    cfg.load_from = None if source == "auto" else source
+    if source != "auto" and not Path(source).is_file():
+        near = sorted(str(file) for file in Path(source).parent.glob("*.pth"))
+        raise UsageError(f"--resume {source}: there is no such checkpoint.{suggest(source, near)}")
+    if cfg.randomness.get("seed") is None:
+        # The samplers are built before the checkpoint is loaded and must already follow its seed.
+        found = newest_checkpoint(cfg.work_dir) if source == "auto" else (source, read_training(source))
+        if found is not None:
+            cfg.randomness.seed = found[1]["meta"]["seed"]
+
+
+def precisions() -> tuple[str, ...]:
+    """Choices of ``--amp``."""
+    return tuple(name for name in PRECISIONS if name != "fp32")

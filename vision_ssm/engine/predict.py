@@ -1,0 +1,128 @@
+"""Predictions for image files: from a run's config and checkpoint, or from a model's name and a weight file."""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from timm.data import ImageNetInfo
+from torch import nn
+
+from vision_ssm.data import EXTENSIONS, UnreadableImageError, build_transform, load_image, transform_settings
+from vision_ssm.factory import create_model, find_family
+from vision_ssm.registry import MODELS
+from vision_ssm.weights import load_weights, read_checkpoint, unwrap
+
+from .config import UsageError
+
+IMAGENET_CLASSES = 1000
+
+
+def image_files(inputs: Iterable[str | Path]) -> list[Path]:
+    """The images among `inputs`; folders are searched with all their subfolders.
+
+    Raises:
+        UsageError: an input that does not exist, or no image at all.
+    """
+    files: list[Path] = []
+    for item in map(Path, inputs):
+        if item.is_dir():
+            files += sorted(file for file in item.rglob("*") if file.name.lower().endswith(EXTENSIONS))
+        elif item.is_file():
+            files.append(item)
+        else:
+            raise UsageError(f"{item} is neither an image nor a folder")
+    if not files:
+        raise UsageError(f"no image in {', '.join(map(str, inputs))} (looked for {', '.join(EXTENSIONS)})")
+    return files
+
+
+def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
+    """Names of the classes: those that training stored, else ImageNet's for 1000 classes, else numbers."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    stored = (meta.get("dataset_meta") or {}).get("classes", ()) if isinstance(meta, dict) else ()
+    if len(stored) == count:
+        return tuple(stored)
+    if count == IMAGENET_CLASSES:
+        info = ImageNetInfo()
+        return tuple(info.index_to_description(index).split(",")[0] for index in range(count))
+    return tuple(f"class {index}" for index in range(count))
+
+
+class Predictor:
+    """A classifier in eval mode with its transform and class names.
+
+    Args:
+        model: images (B, C, H, W) to logits (B, classes).
+        transform: PIL image to tensor (C, H, W).
+        channels: channels of the images, 1 or 3.
+        classes: name of each class.
+        device: where to compute; a GPU if there is one by default.
+    """
+
+    def __init__(
+        self, model: nn.Module, transform: Any, channels: int, classes: Sequence[str], device: str | None = None
+    ) -> None:
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = model.eval().to(self.device)
+        self.transform = transform
+        self.channels = channels
+        self.classes = tuple(classes)
+
+    @classmethod
+    def from_config(cls, cfg: Config, checkpoint: str | Path, device: str | None = None) -> "Predictor":
+        """The model of a config with the weights of one of its checkpoints, and the transform of its validation."""
+        options = cfg.get("model", {})
+        if options.get("type") != "vision_ssm.ImageClassifier":
+            raise UsageError(f"prediction needs a config of an ImageClassifier, this one is of {options.get('type')!r}")
+        classifier = MODELS.build({**options, "pretrained": None, "reset_head": False})
+        load_weights(classifier.backbone, checkpoint, verbose=False)
+        dataset = (cfg.get("test_dataloader") or cfg.val_dataloader).dataset
+        channels = dataset.get("channels", 3)
+        transform = build_transform(**{"channels": channels, **dataset.transform})
+        classes = class_names(read_checkpoint(checkpoint), classifier.num_classes)
+        return cls(classifier.backbone, transform, channels, classes, device)
+
+    @classmethod
+    def from_weights(cls, name: str, weights: str | Path, device: str | None = None) -> "Predictor":
+        """Model `name` with a weight file, official or ours; classes and channels are those of the file."""
+        checkpoint = read_checkpoint(weights)
+        tensors = find_family(name).official_keys(unwrap(checkpoint, str(weights)))
+        if "head.weight" not in tensors:
+            raise UsageError(f"{weights} holds no classifier, so there is nothing to predict with")
+        classes = tensors["head.weight"].shape[0]
+        stem = next(value for key, value in tensors.items() if key.startswith("stem.") and value.ndim == 4)
+        channels = stem.shape[1]
+        model = create_model(name, num_classes=classes, in_chans=channels)
+        load_weights(model, weights, verbose=False)
+        transform = build_transform(train=False, **transform_settings(model, channels))
+        return cls(model, transform, channels, class_names(checkpoint, classes), device)
+
+    @torch.inference_mode()
+    def __call__(
+        self, files: Sequence[str | Path], top: int = 5, batch_size: int = 32
+    ) -> dict[str, list[tuple[str, float]]]:
+        """The `top` most probable classes of each image, as {file: [(class, probability), ...]}.
+
+        Unreadable images are left out with a warning each.
+        """
+        top = min(top, len(self.classes))
+        results: dict[str, list[tuple[str, float]]] = {}
+        for start in range(0, len(files), batch_size):
+            names, images = [], []
+            for file in files[start : start + batch_size]:
+                try:
+                    images.append(self.transform(load_image(str(file), self.channels)))
+                except UnreadableImageError as error:
+                    warnings.warn(f"{error}; left out", stacklevel=2)
+                    continue
+                names.append(str(file))
+            if not images:
+                continue
+            logits = self.model(torch.stack(images).to(self.device))  # (B, classes)
+            values, indices = logits.float().softmax(1).topk(top)
+            for name, row, column in zip(names, values.tolist(), indices.tolist(), strict=True):
+                results[name] = [(self.classes[index], value) for index, value in zip(column, row, strict=True)]
+        return results
