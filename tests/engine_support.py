@@ -55,7 +55,7 @@ def small_config(data: Path, work_dir: Path, epochs: int = 2) -> Config:
     cfg.train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=1)
     cfg.param_scheduler = [
         dict(type="LinearLR", start_factor=0.1, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
-        dict(type="CosineAnnealingLR", eta_min_ratio=0.1, begin=1, end=epochs, by_epoch=True, convert_to_iter_based=True),
+        dict(type="CosineAnnealingLR", eta_min_ratio=0.1, begin=1, by_epoch=True, convert_to_iter_based=True),
     ]
     cfg.visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend")])
     return cfg

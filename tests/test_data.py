@@ -498,10 +498,10 @@ def test_flips_and_erasing(policy, rest):
     assert torch.equal(build_transform(True, 24, **rest | dict(hflip=0, vflip=1.0))(checker()), plain.flip(-2))
     erased = build_transform(True, 24, **rest | dict(hflip=0, erasing_prob=1.0, erasing_mode="const"))(checker())
     hole = (erased == 0).all(0)
-    assert 10 <= hole.sum() <= 24 * 24 // 2 and torch.equal(erased[:, ~hole], plain[:, ~hole])
+    assert 6 <= hole.sum() <= 24 * 24 // 2 and torch.equal(erased[:, ~hole], plain[:, ~hole])
     noisy = build_transform(True, 24, **rest | dict(hflip=0, erasing_prob=1.0, erasing_mode="pixel"))(checker())
     changed = (noisy != plain).any(0)
-    assert 10 <= changed.sum() <= 24 * 24 // 2 and noisy[:, changed].unique().numel() > 20
+    assert 6 <= changed.sum() <= 24 * 24 // 2 and noisy[:, changed].unique().numel() > 20
 
 
 def test_colour_options():
@@ -512,8 +512,8 @@ def test_colour_options():
     assert torch.equal(build_transform(True, 24, color_jitter=0.9, color_jitter_prob=0.0, **rest)(image), plain)
     grey = build_transform(True, 24, color_jitter=None, grayscale_prob=1.0, **rest)(image)
     assert torch.equal(grey[0], grey[1]) and not torch.equal(plain[0], plain[1])
-    blurred = build_transform(True, 24, color_jitter=None, gaussian_blur_prob=1.0, **rest)(image)
-    assert blurred.diff().abs().mean() < plain.diff().abs().mean()
+    blur = build_transform(True, 24, color_jitter=None, gaussian_blur_prob=1.0, **rest)
+    assert min(blur(image).diff().abs().mean() for _ in range(10)) < 0.9 * plain.diff().abs().mean()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -526,6 +526,15 @@ def test_policies_work_on_colour_and_grey(mode, auto_augment):
     tensors = [transform(checker(mode, 40, 60)) for _ in range(40)]
     assert all(tensor.shape == (channels, 32, 48) and tensor.isfinite().all() for tensor in tensors)
     assert len({tensor.sum().item() for tensor in tensors}) == 40
+
+
+@pytest.mark.parametrize("auto_augment", ["rand-m10-inc1", "rand-m10-inc1-w0", "original-mstd3", "augmix-m10"])
+def test_largest_magnitude(auto_augment):
+    transform = build_transform(True, 16, auto_augment=auto_augment, color_jitter=None, mean=0, std=1)
+    tensors = [transform(checker()) for _ in range(200)]
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    if auto_augment == "rand-m10-inc1":
+        assert any((tensor == 0).all() for tensor in tensors)  # posterised to no bits
 
 
 def test_small_images_are_shifted_not_cut():

@@ -129,7 +129,9 @@ def test_classifier_surgery(name):
 @pytest.mark.parametrize("name", MICRO)
 def test_layer_decay_groups_cover_each_parameter_once(name):
     model = vision_ssm.create_model(name)
-    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
+    groups = param_groups_layer_decay(
+        model, weight_decay=0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay()
+    )
     members = [id(parameter) for group in groups for parameter in group["params"]]
     assert sorted(members) == sorted(id(parameter) for parameter in model.parameters())
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}

@@ -37,7 +37,9 @@ def test_packages_lists_every_folder():
         for base in ("vision_ssm", "kernels")
         for init in (ROOT / base).rglob("__init__.py")
     }
-    assert listed == {name.replace("kernels", "vision_ssm.kernels") if name.startswith("kernels") else name for name in folders}
+    assert listed == {
+        name.replace("kernels", "vision_ssm.kernels") if name.startswith("kernels") else name for name in folders
+    }
 
 
 def test_from_the_source_tree_and_from_elsewhere(tmp_path):
@@ -72,7 +74,19 @@ def test_install_modes(mode, tmp_path):
     python = venv / "bin" / "python"
     settings = [] if mode == "editable" else ["--config-settings", f"editable_mode={mode}"]
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", *settings, "-e", str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "-q",
+            "--no-deps",
+            *settings,
+            "-e",
+            str(source),
+        ],
         check=True,
     )
     site = next((venv / "lib").glob("python*")) / "site-packages"

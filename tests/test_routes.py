@@ -78,7 +78,9 @@ def test_merging_a_scan_that_only_copies_gives_the_multiple(name):
 MODES = {"cross2d": "cross", "unidi": "unidirectional", "bidi": "bidirectional", "rotations": "rotations"}
 
 
-@pytest.mark.parametrize("case", golden_cases.load("ops/cross_scan")["cases"], ids=lambda c: f"{c['mode']}-{c['H']}x{c['W']}")
+@pytest.mark.parametrize(
+    "case", golden_cases.load("ops/cross_scan")["cases"], ids=lambda c: f"{c['mode']}-{c['H']}x{c['W']}"
+)
 def test_golden_cross_scan(case):
     (table,) = build_routes(MODES[case["mode"]]).tables(case["H"], case["W"])
     x, ys = torch.tensor(case["x"]), torch.tensor(case["ys"])

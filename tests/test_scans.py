@@ -68,7 +68,9 @@ def test_multi_direction_along_every_route(routes, core):
     assert not torch.allclose(y, turned.flip(1), atol=1e-6), "the output must depend on the order of the cells"
 
 
-@pytest.mark.parametrize("core,init", [("s6", "mamba"), ("s6", "normal"), ("s6", "uniform"), ("ssd", "normal"), ("ssd", "uniform")])
+@pytest.mark.parametrize(
+    "core,init", [("s6", "mamba"), ("s6", "normal"), ("s6", "uniform"), ("ssd", "normal"), ("ssd", "uniform")]
+)
 def test_initial_values(core, init):
     torch.manual_seed(0)
     mixer = MultiDirectionScan(32, core=core, init=init, state_dim=4)

@@ -39,9 +39,7 @@ WRAPPERS = {
     "state_dict": lambda weights: {"state_dict": weights, "meta": {"epoch": 3}},
     "data parallel": lambda weights: {"model": {f"module.{key}": value for key, value in weights.items()}},
     "compiled": lambda weights: {"model": {f"_orig_mod.module.{key}": value for key, value in weights.items()}},
-    "dense framework": lambda weights: {
-        "state_dict": {f"backbone.{key}": value for key, value in weights.items()}
-    },
+    "dense framework": lambda weights: {"state_dict": {f"backbone.{key}": value for key, value in weights.items()}},
     "ema beside": lambda weights: {
         "model": {key: torch.zeros_like(value) for key, value in weights.items()},
         "model_ema": weights,
@@ -147,7 +145,9 @@ def test_legacy_format_with_objects_is_refused_or_read_without_running(official,
 
 def test_missing_file_names_its_neighbours(tmp_path):
     save(tmp_path, {}, "vmamba_tiny.pth")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint file .*vmamba_tin.pth. Checkpoints in that folder: vmamba_tiny.pth"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no checkpoint file .*vmamba_tin.pth. Checkpoints in that folder: vmamba_tiny.pth"
+    ):
         read_checkpoint(tmp_path / "vmamba_tin.pth")
 
 
@@ -172,7 +172,10 @@ def _flipped(path):
         (lambda path: path.write_text("<!DOCTYPE html><html>"), "is a web page, not a checkpoint"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a git-lfs pointer"),
         (lambda path: path.write_bytes(b"some text that is no archive"), "truncated, corrupt, or no checkpoint"),
-        (lambda path: path.write_bytes(pickle.dumps([1, 2])), "truncated, corrupt, or no checkpoint|holds no state dict"),
+        (
+            lambda path: path.write_bytes(pickle.dumps([1, 2])),
+            "truncated, corrupt, or no checkpoint|holds no state dict",
+        ),
     ],
 )
 def test_spoiled_files(spoil, message, official, tmp_path):
@@ -196,7 +199,9 @@ def test_no_state_dict_inside():
 
 def test_wrong_family():
     keys = {"conv1.weight": torch.zeros(1), "layer1.0.bn1.weight": torch.zeros(1), "fc.bias": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match="this is no vmamba checkpoint: its keys begin with conv1.weight, fc.bias"):
+    with pytest.raises(
+        CheckpointError, match="this is no vmamba checkpoint: its keys begin with conv1.weight, fc.bias"
+    ):
         load_state_dict(small(), keys)
 
 
@@ -251,7 +256,11 @@ def test_a_backbone_takes_a_classifiers_weights(official):
 @pytest.mark.parametrize(
     "change,error,message",
     [
-        (dict(ssm_dstate=4), ValueError, "unknown hyperparameters of an original VMamba: ssm_dstate. Did you mean 'ssm_d_state'"),
+        (
+            dict(ssm_dstate=4),
+            ValueError,
+            "unknown hyperparameters of an original VMamba: ssm_dstate. Did you mean 'ssm_d_state'",
+        ),
         (dict(norm_layer="gn"), ValueError, "unknown norm_layer 'gn'"),
         (dict(forward_type="v7"), ValueError, "unknown forward_type 'v7'"),
         (dict(downsample_version="v9"), ValueError, "unknown downsample_version 'v9'"),

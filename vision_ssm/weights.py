@@ -87,7 +87,9 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
     """
     path = Path(file)
     if not path.is_file():
-        near = [other.name for other in path.parent.glob("*") if other.suffix in (".pth", ".pt", ".safetensors", ".bin")]
+        near = [
+            other.name for other in path.parent.glob("*") if other.suffix in (".pth", ".pt", ".safetensors", ".bin")
+        ]
         listing = f" Checkpoints in that folder: {_preview(sorted(near))}." if near else ""
         raise FileNotFoundError(f"no checkpoint file {path}.{listing}")
     head = path.open("rb").read(512)
@@ -142,7 +144,9 @@ def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Te
         if not isinstance(content, Mapping):
             break
         order = _EMA_CONTAINERS + _CONTAINERS if ema else _CONTAINERS + _EMA_CONTAINERS
-        inner = next((content[name] for name in order if isinstance(content.get(name), Mapping) and content[name]), None)
+        inner = next(
+            (content[name] for name in order if isinstance(content.get(name), Mapping) and content[name]), None
+        )
         if inner is None:
             break
         content = inner
@@ -175,7 +179,9 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
         shapes = {key: tuple(value.shape) for key, value in other.state_dict().items()}
         if shapes == {key: tuple(value.shape) for key, value in ours.items()}:
             return f"the file fits {name}, not {model.variant or 'this model'}"
-    return "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
+    return (
+        "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
+    )
 
 
 def _num_classes(tensors: Mapping[str, torch.Tensor]) -> int:

@@ -219,6 +219,7 @@ class Backbone(nn.Module):
             self.norm = get_norm(norm, dims[-1])
             self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         self.apply(self._init_weights)
+        self.to(memory_format=torch.channels_last)  # or every convolution would convert its weight at every call
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -271,9 +272,7 @@ class Backbone(nn.Module):
         """x: (B, in_chans, H, W). Returns the last map, normalised in a classifier, (B, C, H', W')."""
         return self._last_map(x).permute(0, 3, 1, 2)
 
-    def forward_intermediates(
-        self, x: torch.Tensor, out_indices: Sequence[int] | None = None
-    ) -> list[torch.Tensor]:
+    def forward_intermediates(self, x: torch.Tensor, out_indices: Sequence[int] | None = None) -> list[torch.Tensor]:
         """Maps of the stages `out_indices`, finest first, each (B, C, H', W').
 
         They carry the output norms of a `features_only` model and are raw in a classifier. By default the stages the

@@ -24,7 +24,14 @@ _PATCH_SIZE = 4
 _V0_SCAN = dict(type="multi_direction", expand=2.0, state_dim=16)
 _V2_SCAN = dict(type="multi_direction", expand=1.0, state_dim=1, conv_bias=False, gate=False)
 _M2_SCAN = dict(
-    type="multi_direction", core="ssd", expand=1.0, state_dim=64, conv_bias=False, gate=False, act="gelu", init="uniform"
+    type="multi_direction",
+    core="ssd",
+    expand=1.0,
+    state_dim=64,
+    conv_bias=False,
+    gate=False,
+    act="gelu",
+    init="uniform",
 )
 
 
@@ -114,7 +121,9 @@ class VMamba(Backbone):
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
-        return any(_MIXER_KEY.search(key) for key in keys) and any(key.startswith(("layers.0.", "stages.0.")) for key in keys)
+        return any(_MIXER_KEY.search(key) for key in keys) and any(
+            key.startswith(("layers.0.", "stages.0.")) for key in keys
+        )
 
     @classmethod
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,9 +136,7 @@ class VMamba(Backbone):
                 key = re.sub(pattern, replacement, key)
             for pattern, replacement in _STEM_KEYS[overlapping_stem] + _OFFICIAL_KEYS:
                 key = re.sub(pattern, replacement, key)
-            key = re.sub(
-                r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key
-            )
+            key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
             renamed[re.sub(r"^layers\.", "stages.", key)] = value
         return convert_mixers(renamed)
 

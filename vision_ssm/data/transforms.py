@@ -5,10 +5,13 @@
 (C, H, W). Randomness comes from the global generators, which the dataset seeds per sample.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
+from timm.data import auto_augment as timm_augment
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
@@ -80,6 +83,19 @@ def _erasing(prob: float, mode: str, count: int) -> list[Transform]:
     if count < 1:
         raise ValueError(f"erasing_count must be at least 1, got {count!r}")
     return [RandomErasing(prob, mode=mode, max_count=count, device="cpu")] if prob > 0 else []
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's posterize; at the largest magnitude no bits are left, a black image, which newer Pillow versions refuse."""
+    return timm_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _mend_posterize(steps: Sequence[Transform]) -> None:
+    for step in steps:
+        # AutoAugment holds a list of lists of operations, RandAugment and AugMix a list of them.
+        for operation in getattr(step, "ops", None) or itertools.chain(*getattr(step, "policy", ())):
+            if operation.aug_fn is timm_augment.posterize:
+                operation.aug_fn = _posterize
 
 
 @strict_keywords
@@ -162,6 +178,7 @@ def train_transform(
             f"timm cannot read auto_augment {auto_augment!r} ({error}). Examples: 'rand-m9-mstd0.5-inc1',"
             " 'original-mstd0.5', 'augmix-m5-w4-d2', '3a'."
         ) from error
+    _mend_posterize(transform.transforms)
     return transforms.Compose([*transform.transforms, *erasing])
 
 

@@ -238,7 +238,7 @@ def fingerprint(cfg: Mapping[str, Any]) -> dict[str, str]:
     for key in FINGERPRINTED:
         node: Any = cfg
         for part in key.split("."):
-            node = node.get(part) if isinstance(node, Mapping) else None
+            node = node.get(part) if hasattr(node, "get") else None  # mmengine's Config is no Mapping
         if key == "custom_hooks":
             node = [hook for hook in node or [] if "EMA" in str(hook.get("type"))]
         visit(key, node)

@@ -137,6 +137,18 @@ class Runner(mmengine.runner.Runner):
             group["lr"] *= batch / base
         self.logger.info(f"Learning rates are for batch {base}; with batch {batch} they are scaled by {batch / base:g}")
 
+    def _build_param_scheduler(self, scheduler: Any, optim_wrapper: OptimWrapper) -> list:
+        """As in mmengine; schedules that would begin after the last epoch or iteration are left out."""
+        kept = []
+        for item in scheduler if isinstance(scheduler, (list, tuple)) else [scheduler]:
+            if isinstance(item, dict):
+                total = self.max_epochs if item.get("by_epoch", True) else self.max_iters
+                if item.get("begin", 0) >= total:
+                    self.logger.info(f"{item['type']} would begin at {item['begin']}, training ends at {total}: left out")
+                    continue
+            kept.append(item)
+        return super()._build_param_scheduler(kept, optim_wrapper)
+
     @property
     def bare_model(self) -> nn.Module:
         """The model without its distributed wrapper."""
@@ -212,8 +224,8 @@ class Runner(mmengine.runner.Runner):
     def _load_weights(self, checkpoint: dict[str, Any], filename: str | Path, strict: bool = True) -> None:
         if RAW_WEIGHTS in checkpoint:
             checkpoint["ema_state_dict"] = checkpoint.pop(RAW_WEIGHTS)
-        self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         try:
+            self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
             self.bare_model.load_state_dict(checkpoint["state_dict"], strict=strict)
         except RuntimeError as error:
             problems = str(error).splitlines()

@@ -1,7 +1,9 @@
-"""Differentiable operators, independent of the device."""
+"""Differentiable operators, independent of the device: each with a reference twin that defines it."""
+
+from . import flops  # noqa: F401  registers the formulas
 from .backend import Backend, select_backend
-from .reference import scan_2d_reference as scan_2d
-from .reference import selective_scan_reference as selective_scan
-from .reference import ssd_reference as ssd
+from .scan_2d import scan_2d
+from .selective_scan import selective_scan
+from .ssd import ssd
 
 __all__ = ["Backend", "scan_2d", "select_backend", "selective_scan", "ssd"]

@@ -1,13 +1,91 @@
-"""Which implementation of an operator runs."""
+"""Which implementation of an operator runs, and why not a faster one."""
+
+import importlib.util
+import os
+import warnings
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from vision_ssm import kernels
+
+ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
+BACKENDS = ("triton", "chunked", "reference")
+OPERATORS = ("selective_scan", "scan_2d", "ssd")
+
+_warned: set[tuple[str, str]] = set()
 
 
 class Backend(NamedTuple):
+    """`name` is "triton", "chunked" or "reference"; `reason` says why nothing faster runs, "" if there is nothing."""
+
     name: str
     reason: str
 
 
+def demanded_backend() -> str | None:
+    """The backend that the environment variable VISION_SSM_BACKEND asks for, None if it is unset or empty.
+
+    Raises:
+        ValueError: the variable names no backend.
+    """
+    value = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not value:
+        return None
+    if value not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={value!r} names no backend; choose from {', '.join(BACKENDS)}")
+    return value
+
+
 def select_backend(tensor: Tensor, op: str) -> Backend:
-    return Backend("reference", "")
+    """The backend that operator `op` takes for inputs like `tensor`, and why no faster one.
+
+    "triton" where a kernel for `op` exists and can run on the tensor's device, else "chunked", which is plain PyTorch
+    and runs anywhere. The environment variable VISION_SSM_BACKEND (triton, chunked, reference) overrides the choice.
+    A tensor on a GPU that has to take the chunked path is reported by one warning per operator and reason.
+
+    Args:
+        tensor: the first input of the operator; its device and dtype count.
+        op: "selective_scan", "scan_2d" or "ssd".
+
+    Raises:
+        ValueError: unknown `op`, or VISION_SSM_BACKEND names no backend.
+        RuntimeError: VISION_SSM_BACKEND asks for triton and that cannot run here; the message says why.
+    """
+    if op not in OPERATORS:
+        raise ValueError(f"unknown operator {op!r}; known: {', '.join(OPERATORS)}")
+    demanded = demanded_backend()
+    if demanded in ("chunked", "reference"):
+        return Backend(demanded, f"{ENVIRONMENT_VARIABLE}={demanded} asks for it")
+    obstacle = _triton_obstacle(tensor, op)
+    if obstacle is None:
+        return Backend("triton", "")
+    if demanded == "triton":
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but {op} cannot run on Triton: {obstacle}")
+    if tensor.is_cuda and (op, obstacle) not in _warned:
+        _warned.add((op, obstacle))
+        warnings.warn(f"{op} takes the chunked PyTorch path on {tensor.device}, which is slow: {obstacle}", stacklevel=2)
+    return Backend("chunked", obstacle)
+
+
+def _triton_obstacle(tensor: Tensor, op: str) -> str | None:
+    """Why no Triton kernel can serve `op` on tensors like this one; None if one can."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not tensor.is_cuda and not (interpreted and tensor.device.type == "cpu"):
+        return f"Triton kernels need a CUDA tensor, this one is on {tensor.device}"
+    if op not in kernels.MODULES:
+        return f"there is no Triton kernel for {op} yet"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels compute in float32, this tensor is float64"
+    if tensor.is_cuda:
+        if torch.version.hip is not None:
+            return "the Triton kernels are written for warps of 32 lanes, this is an AMD GPU"
+        major, minor = torch.cuda.get_device_capability(tensor.device)
+        if major < 7:
+            return f"Triton needs compute capability 7.0, this GPU has {major}.{minor}"
+        if tensor.dtype == torch.bfloat16 and major < 8:
+            return f"bfloat16 needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None

@@ -1,0 +1,65 @@
+"""Floating-point operations of the operators, registered with `torch.utils.flop_counter`.
+
+Convention: `FlopCounterMode` counts 2 FLOPs per multiply-accumulate, and so do the matrix products here. The scan itself
+is counted as the literature of vision state-space models does, 9 FLOPs per step, channel and state (the exponential,
+its argument, the input term, the recurrence and the read-out) plus one per step and channel for the skip connection and
+one for the gate; VMamba's published figures add this number to multiply-accumulates of the rest. A backward pass counts
+twice its forward pass; recomputation is not counted.
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_Shape = tuple[int, ...]
+
+
+def selective_scan_flops(
+    batch: int, length: int, dim: int, states: int, *, skip: bool = True, gate: bool = False
+) -> int:
+    """FLOPs of a selective scan of `batch` sequences of `length` steps with `dim` channels of `states` states each."""
+    return batch * length * dim * (9 * states + skip + gate)
+
+
+def scan_2d_flops(
+    batch: int, steps: int, routes: int, dim: int, states: int, *, rank: int = 0, skip: bool = True
+) -> int:
+    """FLOPs of a scan along `routes` routes of `steps` steps, with the expansion of step sizes of rank `rank`."""
+    scan = selective_scan_flops(batch, routes * steps, dim, states, skip=skip)
+    return scan + 2 * batch * routes * steps * dim * rank
+
+
+def ssd_flops(
+    batch: int, length: int, heads: int, width: int, states: int, *, skip: bool = True, gate: bool = False
+) -> int:
+    """FLOPs of an SSD scan, as of the selective scan it computes: independent of how it is cut into chunks."""
+    return selective_scan_flops(batch, length, heads * width, states, skip=skip, gate=gate)
+
+
+def _selective_scan(u: _Shape, delta: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
+    batch, dim, length = u
+    return selective_scan_flops(batch, length, dim, A[1], skip=D is not None)
+
+
+def _scan_2d(
+    x: _Shape,
+    delta: _Shape,
+    A: _Shape,
+    B: _Shape,
+    C: _Shape,
+    D: _Shape | None,
+    read: _Shape,
+    write: _Shape | None,
+    dt_weight: _Shape | None,
+    *_: Any,
+) -> int:
+    rank = 0 if dt_weight is None else dt_weight[2]
+    return scan_2d_flops(x[0], read[1], read[0], x[2], A[2], rank=rank, skip=D is not None)
+
+
+def _ssd(x: _Shape, dt: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
+    batch, length, heads, width = x
+    return ssd_flops(batch, length, heads, width, B[3], skip=D is not None)

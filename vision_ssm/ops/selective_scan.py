@@ -1,0 +1,117 @@
+"""The selective scan of Mamba (arXiv 2312.00752) over 1-D sequences, with the signature users know from mamba_ssm."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import chunked
+from .backend import demanded_backend
+from .checks import check_dimensions, check_shape, check_tensors
+from .reference import selective_scan_reference
+from .registration import register_operator
+
+_OP = "selective_scan"
+
+
+def _fake(u: Tensor, delta: Tensor, A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    work = chunked.work_dtype(u)
+    return u.new_empty(u.shape, dtype=work), u.new_empty(u.shape[0], *A.shape, dtype=work)
+
+
+_scan = register_operator(
+    _OP,
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, bool delta_softplus",
+    ("y", "last_state"),
+    chunked.SelectiveScan,
+    _fake,
+)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective scan with N states per channel.
+
+    With ``d = delta + delta_bias``, through softplus if `delta_softplus`, every channel runs
+    ``h[t] = exp(d[t] * A) * h[t-1] + d[t] * B[t] * u[t]`` from 0 and gives ``y[t] = <C[t], h[t]> + D * u[t]``, times
+    ``silu(z[t])``. All of it is computed in float32 (float64 for float64 `u`), whatever autocast says.
+
+    Args:
+        u: (batch, dim, L), any floating dtype.
+        delta: (batch, dim, L), step sizes.
+        A: (dim, N), negative for decaying states.
+        B: (batch, G, N, L), shared by the dim / G channels of a group; (batch, N, L), shared by all channels; or
+            (dim, N), constant over time (correct, but slow).
+        C: like B.
+        D: (dim), skip connection.
+        z: (batch, dim, L), gate.
+        delta_bias: (dim).
+        delta_softplus: apply softplus to the step sizes.
+        return_last_state: also return h[L].
+
+    Returns:
+        y, (batch, dim, L) in the dtype of `u`; with `return_last_state` also h[L], (batch, dim, N), in float32
+        (float64 for float64 `u`).
+
+    Raises:
+        TypeError: a tensor is complex or not floating-point.
+        ValueError: a shape or device does not fit; VISION_SSM_BACKEND names no backend.
+        RuntimeError: VISION_SSM_BACKEND asks for a backend that cannot run here.
+    """
+    check_tensors(_OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_dimensions(_OP, "u", u, "(batch, dim, L)")
+    check_dimensions(_OP, "A", A, "(dim, N)")
+    batch, dim, length = u.shape
+    states = A.shape[1]
+    check_shape(_OP, "delta", delta, (batch, dim, length), "(batch, dim, L) like u")
+    check_shape(_OP, "A", A, (dim, states), "(dim, N)")
+    for name, matrix in (("B", B), ("C", C)):
+        if matrix.dim() == 2:
+            check_shape(_OP, name, matrix, (dim, states), "(dim, N)")
+        elif matrix.dim() == 3:
+            check_shape(_OP, name, matrix, (batch, states, length), "(batch, N, L)")
+        elif matrix.dim() == 4:
+            groups = matrix.shape[1]
+            check_shape(_OP, name, matrix, (batch, groups, states, length), "(batch, G, N, L)")
+            if not groups or dim % groups:
+                raise ValueError(f"{_OP}: {name} has {groups} groups, which do not divide the {dim} channels of u")
+        else:
+            raise ValueError(
+                f"{_OP}: {name} must be (dim, N), (batch, N, L) or (batch, G, N, L), got shape {tuple(matrix.shape)}"
+            )
+    check_shape(_OP, "D", D, (dim,), "(dim)")
+    check_shape(_OP, "z", z, (batch, dim, length), "(batch, dim, L) like u")
+    check_shape(_OP, "delta_bias", delta_bias, (dim,), "(dim)")
+
+    if demanded_backend() == "reference":
+        return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    groups = math.lcm(*(_groups(matrix, dim) for matrix in (B, C)))
+    B, C = (_grouped(matrix, groups, batch, length) for matrix in (B, C))
+    y, last_state = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    y = y.to(u.dtype)
+    return (y, last_state) if return_last_state else y
+
+
+def _groups(matrix: Tensor, dim: int) -> int:
+    return {2: dim, 3: 1}.get(matrix.dim()) or matrix.shape[1]
+
+
+def _grouped(matrix: Tensor, groups: int, batch: int, length: int) -> Tensor:
+    """-> (batch, groups, N, L)."""
+    if matrix.dim() == 2:
+        return matrix[None, :, :, None].expand(batch, -1, -1, length)
+    if matrix.dim() == 3:
+        matrix = matrix.unsqueeze(1)
+    return matrix.repeat_interleave(groups // matrix.shape[1], dim=1) if groups != matrix.shape[1] else matrix
