@@ -86,7 +86,7 @@ def _erasing(prob: float, mode: str, count: int) -> list[Transform]:
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's posterize; at the largest magnitude no bits are left, a black image, which newer Pillow versions refuse."""
+    """timm's posterize; at the largest magnitude no bits are left (a black image), which newer Pillow refuses."""
     return timm_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
 
 

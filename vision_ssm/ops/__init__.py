@@ -1,6 +1,5 @@
 """Differentiable operators, independent of the device: each with a reference twin that defines it."""
 
-from . import flops  # noqa: F401  registers the formulas
 from .backend import Backend, select_backend
 from .scan_2d import scan_2d
 from .selective_scan import selective_scan

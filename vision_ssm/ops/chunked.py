@@ -17,17 +17,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 _LOG2_E = math.log2(math.e)
 # Most elements of one buffer. Fewer cost more calls, more fall out of the caches and cost more fresh memory.
-_FORWARD_ELEMENTS = 1 << 21
-_BACKWARD_ELEMENTS = 1 << 21
+FORWARD_ELEMENTS = 1 << 21
+BACKWARD_ELEMENTS = 1 << 21
 _SOFTPLUS_LINEAR = 20.0  # softplus(v) is v above this, as in torch
 
 
@@ -101,7 +99,7 @@ def _per_state(rows: Tensor, block: slice) -> Tensor:
     return rows[..., block].movedim(-1, 0).unsqueeze(-1)
 
 
-class _Scan:
+class RowScan:
     """One block of rows: x, delta (B, K, S, M, D); B, C (B, K, S, M, N); A (K, D, N); D (K, D) or None.
 
     Padded rows of delta are 0, so that they keep the state.
@@ -117,7 +115,7 @@ class _Scan:
         """Sum of the step sizes of each chunk, (B, K, M, D)."""
         return self.delta.sum(2)
 
-    def state_blocks(self, elements: int) -> Iterator[slice]:
+    def statecut_blocks(self, elements: int) -> Iterator[slice]:
         count = self.A.shape[0]
         size = max(1, elements // max(1, self.x.numel()))
         for first in range(0, count, size):
@@ -167,7 +165,7 @@ class _Scan:
             self.delta_sum  # before delta is overwritten
         entering = x.mul_(delta)
         last = []
-        for block in self.state_blocks(_FORWARD_ELEMENTS):
+        for block in self.statecut_blocks(FORWARD_ELEMENTS):
             count = block.stop - block.start
             total = self.total_decay(block) if chunked else None
             if count == 1 and block.stop == self.A.shape[0]:  # the last state may use up its inputs
@@ -192,7 +190,7 @@ class _Scan:
         grad_entering, grad_delta = torch.zeros_like(x), torch.zeros_like(x)
         grads = {"A": torch.empty_like(self.A[:, 0, :, 0, 0]), "B": torch.empty_like(self.B)}
         grads["C"] = torch.empty_like(self.C)
-        for block in self.state_blocks(_BACKWARD_ELEMENTS):
+        for block in self.statecut_blocks(BACKWARD_ELEMENTS):
             count = block.stop - block.start
             total = self.total_decay(block) if self.layout.chunks > 1 else None
             decay = self.decay(block, out=x.new_empty(count, *x.shape))
@@ -230,7 +228,7 @@ def softplus_backward(grad: Tensor, values: Tensor) -> Tensor:
     return torch.ops.aten.softplus_backward(grad, values, 1.0, _SOFTPLUS_LINEAR)
 
 
-def _blocks(batch: int, groups: int, dim: int, rows: int, elements: int) -> Iterator[tuple[slice, slice, slice]]:
+def cut_blocks(batch: int, groups: int, dim: int, rows: int, elements: int) -> Iterator[tuple[slice, slice, slice]]:
     """Slices of images, groups and channels with at most about `elements` elements each; channels innermost."""
     width = min(dim, max(1, elements // rows))
     count = min(groups, max(1, elements // (rows * width)))
@@ -243,327 +241,3 @@ def _blocks(batch: int, groups: int, dim: int, rows: int, elements: int) -> Iter
                     slice(group, min(group + count, groups)),
                     slice(channel, min(channel + width, dim)),
                 )
-
-
-# Selective scan of (batch, dim, L) sequences. Dimensions: b images, g groups that share B and C, d channels of a group.
-
-
-class _Sequences:
-    """Cuts the inputs of a selective scan into rows, block by block."""
-
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ):
-        self.work, self.groups = work_dtype(u), B.shape[1]
-        self.layout = Layout.choose(u.shape[2])
-        self.u, self.delta, self.B, self.C = self.grouped(u), self.grouped(delta), B, C
-        self.A, self.D, self.delta_bias = (self.parameter(value) for value in (A, D, delta_bias))
-        self.delta_softplus = delta_softplus
-
-    def grouped(self, values: Tensor) -> Tensor:
-        return values.unflatten(1, (self.groups, -1))  # (b, g, d, L)
-
-    def parameter(self, values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(self.work).unflatten(0, (self.groups, -1))  # (g, d, ...)
-
-    def blocks(self, elements: int) -> Iterator[tuple[slice, slice, slice]]:
-        batch, groups, dim, _ = self.u.shape
-        return _blocks(batch, groups, dim, self.layout.rows, elements)
-
-    def to_rows(self, values: Tensor) -> Tensor:
-        """(b, g, d, L) -> (b, g, S, M, d), contiguous, padded with zeros."""
-        values = F.pad(values.to(self.work), (0, self.layout.padding))
-        return values.unflatten(3, (self.layout.chunks, self.layout.steps)).permute(0, 1, 4, 3, 2).contiguous()
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """(b, g, S, M, d) -> (b, g, d, L)."""
-        return rows.permute(0, 1, 4, 3, 2).flatten(3)[..., : self.layout.length]
-
-    def raw_delta(self, images: slice, groups: slice, channels: slice) -> Tensor:
-        rows = self.to_rows(self.delta[images, groups, channels])
-        return rows if self.delta_bias is None else rows.add_(self.delta_bias[groups, channels][:, None, None])
-
-    def scan(self, images: slice, groups: slice, channels: slice) -> _Scan:
-        delta = self.raw_delta(images, groups, channels)
-        if self.delta_softplus:
-            delta = softplus_(delta)
-        if self.delta_softplus or self.delta_bias is not None:
-            self.layout.zero_padding(delta)
-        return _Scan(
-            self.to_rows(self.u[images, groups, channels]),
-            delta,
-            self.A[groups, channels],
-            self.to_rows(self.B[images, groups]),
-            self.to_rows(self.C[images, groups]),
-            None if self.D is None else self.D[groups, channels],
-            self.layout,
-        )
-
-
-def selective_scan_forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """u, delta (batch, dim, L); A (dim, N); B, C (batch, G, N, L); D, delta_bias (dim).
-
-    Returns y (batch, dim, L) and the last state (batch, dim, N), both float32 (float64 for float64 u).
-    """
-    sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    out = torch.empty_like(sequences.u, dtype=sequences.work, memory_format=torch.contiguous_format)
-    last = out.new_empty(*out.shape[:3], A.shape[1])  # (b, g, d, N)
-    for block in sequences.blocks(_FORWARD_ELEMENTS):
-        y, states = sequences.scan(*block).forward()
-        out[block] = sequences.from_rows(y)
-        last[block] = states.squeeze(3).permute(1, 2, 3, 0)
-    return out.flatten(1, 2), last.flatten(1, 2)
-
-
-def selective_scan_backward(
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of u, delta, A, B, C, D, delta_bias, in the dtypes of these; None for those not given."""
-    sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    grad_y, grad_last = sequences.grouped(grad_y), sequences.grouped(grad_last)
-    grad_u, grad_delta = torch.empty_like(sequences.u), torch.empty_like(sequences.delta)
-    grad_A = torch.zeros_like(sequences.A)
-    grad_B, grad_C = torch.zeros_like(B, dtype=sequences.work), torch.zeros_like(C, dtype=sequences.work)
-    grad_D, grad_bias = (
-        None if value is None else torch.zeros_like(value) for value in (sequences.D, sequences.delta_bias)
-    )
-    for block in sequences.blocks(_BACKWARD_ELEMENTS):
-        images, groups, channels = block
-        states = grad_last[block].to(sequences.work).permute(3, 0, 1, 2).unsqueeze(3)  # (N, b, g, 1, d)
-        grads = sequences.scan(*block).backward(sequences.to_rows(grad_y[block]), states)
-        if delta_softplus:
-            grads["delta"] = softplus_backward(grads["delta"], sequences.raw_delta(*block))
-        sequences.layout.zero_padding(grads["delta"])
-        grad_u[block] = sequences.from_rows(grads["x"])
-        grad_delta[block] = sequences.from_rows(grads["delta"])
-        grad_A[groups, channels] += grads["A"]
-        grad_B[images, groups] += sequences.from_rows(grads["B"])
-        grad_C[images, groups] += sequences.from_rows(grads["C"])
-        if grad_D is not None:
-            grad_D[groups, channels] += grads["D"]
-        if grad_bias is not None:
-            grad_bias[groups, channels] += grads["delta"].sum((0, 2, 3))
-    return (
-        grad_u.flatten(1, 2),
-        grad_delta.flatten(1, 2),
-        grad_A.flatten(0, 1).to(A.dtype),
-        grad_B.to(B.dtype),
-        grad_C.to(C.dtype),
-        None if D is None else grad_D.flatten().to(D.dtype),
-        None if delta_bias is None else grad_bias.flatten().to(delta_bias.dtype),
-    )
-
-
-# Scan of a map along routes. The tables say which position each step reads and writes.
-
-
-@dataclass(frozen=True)
-class _Bags:
-    """For every target, the rows that are added to it, in a fixed order: a sum without atomics."""
-
-    rows: Tensor
-    offsets: Tensor
-
-    def sum(self, values: Tensor) -> Tensor:
-        """values (rows, width) -> (targets, width)."""
-        return F.embedding_bag(self.rows, values, self.offsets, mode="sum", include_last_offset=True)
-
-
-class _Plan:
-    """Index tables of some routes: row order of `table` (K, T), and the way back to its positions."""
-
-    def __init__(self, table: Tensor, length: int, layout: Layout):
-        routes, steps = table.shape
-        table = table.long()
-        route = torch.arange(routes, device=table.device)[:, None]
-        step = torch.arange(steps, device=table.device)
-        chunk, inside = (step % layout.length) // layout.steps, (step % layout.length) % layout.steps
-        column = (step // layout.length) * layout.chunks + chunk
-        row = (route * layout.rows + inside * layout.columns + column).flatten()  # of step t of route k
-        order = torch.zeros(routes * layout.rows, dtype=torch.long, device=table.device)
-        self.positions = order.index_copy(0, row, table.flatten())  # padded rows read position 0
-        self.pointwise = self.positions * routes + route.expand(-1, layout.rows).flatten()  # rows of (L * K, ...)
-        targets = (table * routes + route).flatten()
-        targets, sorting = torch.sort(targets, stable=True)
-        bounds = torch.searchsorted(targets, torch.arange(length * routes + 1, device=table.device))
-        self.by_route = _Bags(row[sorting], bounds)  # sums over the visits of one route, to (L * K, ...)
-        self.merged = _Bags(row[sorting], bounds[::routes].contiguous())  # sums over all routes, to (L, ...)
-
-
-_PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _plan(table: Tensor, routes: slice, length: int, layout: Layout) -> _Plan:
-    """The plan of `table[routes]`, remembered as long as the table lives and is not changed."""
-    if table.is_inference():  # has no version by which a change could be seen
-        return _Plan(_checked(table, length)[routes], length, layout)
-    key = (table._version, routes.start, routes.stop, length, layout)
-    plans = _PLANS.setdefault(table, {})
-    if key not in plans:
-        if any(version != table._version for version, *_ in plans):
-            plans.clear()
-        with torch.inference_mode(False):
-            plans[key] = _Plan(_checked(table, length)[routes], length, layout)
-    return plans[key]
-
-
-def _checked(table: Tensor, length: int) -> Tensor:
-    low, high = (int(value) for value in table.aminmax())
-    if low < 0 or high >= length:
-        raise IndexError(f"scan_2d: a route visits position {low if low < 0 else high}, but x has {length} positions")
-    return table
-
-
-class _Routes:
-    """Gathers the inputs of a scan along routes into rows, block by block."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        read: Tensor,
-        write: Tensor | None,
-        dt_weight: Tensor | None,
-        dt_bias: Tensor | None,
-        delta_softplus: bool,
-        segment: int | None,
-    ):
-        steps = read.shape[1]
-        self.layout = Layout.choose(segment or steps, steps // (segment or steps))
-        self.work = work_dtype(x)
-        self.x, self.delta, self.A, self.B, self.C = (value.to(self.work) for value in (x, delta, A, B, C))
-        self.D, self.dt_weight, self.dt_bias = (
-            None if value is None else value.to(self.work) for value in (D, dt_weight, dt_bias)
-        )
-        self.read, self.write, self.delta_softplus = read, read if write is None else write, delta_softplus
-
-    def blocks(self, elements: int) -> Iterator[tuple[slice, slice, slice]]:
-        return _blocks(self.x.shape[0], self.read.shape[0], self.x.shape[2], self.layout.rows, elements)
-
-    def plans(self, routes: slice) -> tuple[_Plan, _Plan]:
-        """Plans of reading and of writing."""
-        return tuple(_plan(table, routes, self.x.shape[1], self.layout) for table in (self.read, self.write))
-
-    def rows(self, values: Tensor, index: Tensor, routes: int) -> Tensor:
-        """values (b, L, ..., width) gathered to (b, routes, S, M, width)."""
-        batch, width = values.shape[0], values.shape[-1]
-        values = values.reshape(batch, -1, width)
-        rows = values.new_empty(batch, index.numel(), width)
-        for source, target in zip(values, rows):
-            torch.index_select(source, 0, index, out=target)
-        return rows.view(batch, routes, self.layout.steps, self.layout.columns, width)
-
-    def low_rank(self, images: slice, routes: slice) -> Tensor:
-        """Projections at the steps, (b, k, S * M, R)."""
-        index = self.plans(routes)[0].pointwise
-        return self.rows(self.delta[images, :, routes], index, routes.stop - routes.start).flatten(2, 3)
-
-    def raw_delta(self, images: slice, routes: slice, channels: slice) -> Tensor:
-        """(b, k, S, M, d), before softplus."""
-        bias = None if self.dt_bias is None else self.dt_bias[routes, channels][:, None]  # (k, 1, d)
-        if self.dt_weight is None:
-            index = self.plans(routes)[0].pointwise
-            delta = self.rows(self.delta[images, :, routes, channels], index, routes.stop - routes.start)
-            return delta if bias is None else delta.add_(bias[:, None])
-        low_rank = self.low_rank(images, routes)
-        batch, count = low_rank.shape[:2]
-        weight = self.dt_weight[routes, channels].mT.expand(batch, -1, -1, -1).flatten(0, 1)  # (b * k, R, d)
-        if bias is None:
-            delta = torch.bmm(low_rank.flatten(0, 1), weight)
-        else:
-            delta = torch.baddbmm(bias.expand(batch, -1, -1, -1).flatten(0, 1), low_rank.flatten(0, 1), weight)
-        return delta.view(batch, count, self.layout.steps, self.layout.columns, -1)
-
-    def scan(self, images: slice, routes: slice, channels: slice) -> _Scan:
-        read, count = self.plans(routes)[0], routes.stop - routes.start
-        delta = self.raw_delta(images, routes, channels)
-        if self.delta_softplus:
-            delta = softplus_(delta)
-        self.layout.zero_padding(delta)
-        return _Scan(
-            self.rows(self.x[images, :, channels], read.positions, count),
-            delta,
-            self.A[routes, channels],
-            self.rows(self.B[images, :, routes], read.pointwise, count),
-            self.rows(self.C[images, :, routes], read.pointwise, count),
-            None if self.D is None else self.D[routes, channels],
-            self.layout,
-        )
-
-
-def scan_2d_forward(x: Tensor, *inputs: Any) -> Tensor:
-    """Arguments of `_Routes`. Returns (B, L, D), float32 (float64 for float64 x)."""
-    scan = _Routes(x, *inputs)
-    out = scan.x.new_zeros(x.shape)
-    for images, routes, channels in scan.blocks(_FORWARD_ELEMENTS):
-        y = scan.scan(images, routes, channels).forward()[0]
-        for target, rows in zip(out[images, :, channels], y):
-            target.add_(scan.plans(routes)[1].merged.sum(rows.flatten(0, 2)))
-    return out
-
-
-def scan_2d_backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
-    """Gradients of x, delta, A, B, C and, if given, D, dt_weight, dt_bias, by these names, in the dtype of the work."""
-    scan = _Routes(x, *inputs)
-    grad_out = grad_out.to(scan.work)
-    given = {"A": scan.A, "D": scan.D, "dt_weight": scan.dt_weight, "dt_bias": scan.dt_bias}
-    grads = {name: torch.zeros_like(value) for name, value in given.items() if value is not None}
-    for name in ("x", "delta", "B", "C"):
-        grads[name] = torch.zeros_like(getattr(scan, name), memory_format=torch.contiguous_format)
-    for images, routes, channels in scan.blocks(_BACKWARD_ELEMENTS):
-        read, write = scan.plans(routes)
-        count = routes.stop - routes.start
-        grad_y = scan.rows(grad_out[images, :, channels], write.positions, count)
-        scan.layout.zero_padding(grad_y)
-        part = scan.scan(images, routes, channels).backward(grad_y, None)
-        if scan.delta_softplus:
-            part["delta"] = softplus_backward(part["delta"], scan.raw_delta(images, routes, channels))
-        scan.layout.zero_padding(part["delta"])
-        grads["A"][routes, channels] += part["A"]
-        if scan.D is not None:
-            grads["D"][routes, channels] += part["D"]
-        if scan.dt_bias is not None:
-            grads["dt_bias"][routes, channels] += part["delta"].sum((0, 2, 3))
-        if scan.dt_weight is not None:
-            delta = part["delta"].flatten(2, 3)  # (b, k, S * M, d)
-            grads["dt_weight"][routes, channels] += (delta.mT @ scan.low_rank(images, routes)).sum(0)
-            part["delta"] = (delta @ scan.dt_weight[routes, channels]).view(*part["B"].shape[:-1], -1)
-        for target, rows in zip(grads["x"][images, :, channels], part["x"]):
-            target.add_(read.merged.sum(rows.flatten(0, 2)))
-        for name in ("delta", "B", "C"):
-            targets = grads[name][images, :, routes]
-            if name == "delta" and scan.dt_weight is None:
-                targets = targets[..., channels]
-            for target, rows in zip(targets, part[name]):
-                target.add_(read.by_route.sum(rows.flatten(0, 2)).view(target.shape))
-    return grads

@@ -104,7 +104,7 @@ class _Heads:
         return (self.B[block] @ self.C[block].mT).unsqueeze(3), decays
 
 
-def ssd_forward(
+def forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -127,11 +127,10 @@ def ssd_forward(
         y[block] += (decays.mul_(products).mT @ heads.input[block].transpose(-3, -2)).transpose(-3, -2)
     if heads.D is not None:
         y.addcmul_(heads.x, heads.D)
-    y = heads.steps(y.transpose(2, 3)).reshape(x.shape)
-    return y, heads.final.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
+    return heads.steps(y.transpose(2, 3)).flatten(2, 3), heads.final.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
-def ssd_backward(
+def backward(
     grad_y: Tensor,
     grad_final: Tensor,
     x: Tensor,

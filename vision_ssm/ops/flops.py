@@ -1,4 +1,7 @@
-"""Floating-point operations of the operators, registered with `torch.utils.flop_counter`.
+"""Floating-point operations of the operators.
+
+The functions named ``*_shapes`` take the inputs of a registered operator with shapes in place of tensors; they are what
+`torch.utils.flop_counter` calls.
 
 Convention: `FlopCounterMode` counts 2 FLOPs per multiply-accumulate, and so do the matrix products here. The scan itself
 is counted as the literature of vision state-space models does, 9 FLOPs per step, channel and state (the exponential,
@@ -7,12 +10,7 @@ one for the gate; VMamba's published figures add this number to multiply-accumul
 twice its forward pass; recomputation is not counted.
 """
 
-from collections.abc import Callable
-from math import prod
 from typing import Any
-
-import torch
-from torch.utils.flop_counter import register_flop_formula
 
 _Shape = tuple[int, ...]
 
@@ -39,12 +37,12 @@ def ssd_flops(
     return selective_scan_flops(batch, length, heads * width, states, skip=skip, gate=gate)
 
 
-def _selective_scan(u: _Shape, delta: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
+def selective_scan_shapes(u: _Shape, delta: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
     batch, dim, length = u
     return selective_scan_flops(batch, length, dim, A[1], skip=D is not None)
 
 
-def _scan_2d(
+def scan_2d_shapes(
     x: _Shape,
     delta: _Shape,
     A: _Shape,
@@ -60,6 +58,6 @@ def _scan_2d(
     return scan_2d_flops(x[0], read[1], read[0], x[2], A[2], rank=rank, skip=D is not None)
 
 
-def _ssd(x: _Shape, dt: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
+def ssd_shapes(x: _Shape, dt: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
     batch, length, heads, width = x
     return ssd_flops(batch, length, heads, width, B[3], skip=D is not None)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from vision_ssm import kernels
 
@@ -30,7 +31,12 @@ def _takes_gradient(value: Any) -> bool:
 
 
 def register_operator(
-    name: str, arguments: str, returns: Sequence[str], chunked: Implementation, fake: Callable[..., Any]
+    name: str,
+    arguments: str,
+    returns: Sequence[str],
+    chunked: Implementation,
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
 ) -> Callable[..., Any]:
     """Define the operators ``vision_ssm::{name}`` and ``vision_ssm::{name}_backward``.
 
@@ -40,6 +46,7 @@ def register_operator(
         returns: names of the output tensors.
         chunked: the implementation for every device without a kernel.
         fake: gives empty outputs for inputs without data.
+        flops: gives the FLOPs of the forward operator for its inputs, tensors replaced by shapes.
 
     Returns:
         The forward operator.
@@ -50,7 +57,10 @@ def register_operator(
 
     def run(*inputs: Any) -> Any:
         with torch.autocast(inputs[0].device.type, enabled=False):
-            return implementation(inputs[0]).forward(*inputs)
+            outputs = implementation(inputs[0]).forward(*inputs)
+        if isinstance(outputs, Tensor):
+            return outputs.contiguous()
+        return tuple(output.contiguous() for output in outputs)
 
     def run_backward(*gradients_and_inputs: Any) -> list[Tensor]:
         inputs = gradients_and_inputs[len(returns) :]
@@ -62,10 +72,10 @@ def register_operator(
             if _takes_gradient(value)
         ]
 
-    outputs = ", ".join(f"Tensor {output}" for output in returns)
+    outgoing = ", ".join(f"Tensor {output}" for output in returns)
     incoming = ", ".join(f"Tensor grad_{output}" for output in returns)
     forward = torch.library.custom_op(
-        f"vision_ssm::{name}", run, mutates_args=(), schema=f"({arguments}) -> ({outputs})"
+        f"vision_ssm::{name}", run, mutates_args=(), schema=f"({arguments}) -> ({outgoing})"
     )
     backward = torch.library.custom_op(
         f"vision_ssm::{name}_backward", run_backward, mutates_args=(), schema=f"({incoming}, {arguments}) -> Tensor[]"
@@ -89,4 +99,13 @@ def register_operator(
         return tuple(next(results) if _takes_gradient(value) else None for value in inputs)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
+
+    @register_flop_formula(getattr(torch.ops.vision_ssm, name))
+    def forward_flops(*shapes: Any, **_: Any) -> int:
+        return flops(*shapes)
+
+    @register_flop_formula(getattr(torch.ops.vision_ssm, f"{name}_backward"))
+    def backward_flops(*shapes: Any, **_: Any) -> int:
+        return 2 * flops(*shapes[len(returns) :])
+
     return forward

@@ -6,9 +6,10 @@ the positions of the map, and only the operator walks the routes. No copy of the
 
 from torch import Tensor
 
-from . import chunked
+from . import chunked_scan_2d, flops
 from .backend import demanded_backend
 from .checks import check_dimensions, check_shape, check_table, check_tensors
+from .chunked import work_dtype
 from .reference import scan_2d_reference
 from .registration import register_operator
 
@@ -16,7 +17,7 @@ _OP = "scan_2d"
 
 
 def _fake(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape, dtype=chunked.work_dtype(x))
+    return x.new_empty(x.shape, dtype=work_dtype(x))
 
 
 _scan = register_operator(
@@ -24,8 +25,9 @@ _scan = register_operator(
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor read, Tensor? write, Tensor? dt_weight, "
     "Tensor? dt_bias, bool delta_softplus, int? segment",
     ("y",),
-    chunked.Scan2d,
+    chunked_scan_2d,
     _fake,
+    flops.scan_2d_shapes,
 )
 
 

@@ -5,9 +5,10 @@ import math
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunked
+from . import chunked_selective_scan, flops
 from .backend import demanded_backend
 from .checks import check_dimensions, check_shape, check_tensors
+from .chunked import work_dtype
 from .reference import selective_scan_reference
 from .registration import register_operator
 
@@ -15,7 +16,7 @@ _OP = "selective_scan"
 
 
 def _fake(u: Tensor, delta: Tensor, A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    work = chunked.work_dtype(u)
+    work = work_dtype(u)
     return u.new_empty(u.shape, dtype=work), u.new_empty(u.shape[0], *A.shape, dtype=work)
 
 
@@ -23,8 +24,9 @@ _scan = register_operator(
     _OP,
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, bool delta_softplus",
     ("y", "last_state"),
-    chunked.SelectiveScan,
+    chunked_selective_scan,
     _fake,
+    flops.selective_scan_shapes,
 )
 
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import chunked_ssd
+from . import chunked_ssd, flops
 from .backend import demanded_backend
 from .checks import check_dimensions, check_shape, check_tensors
 from .chunked import work_dtype
@@ -26,6 +26,7 @@ _ssd = register_operator(
     ("y", "final_states"),
     chunked_ssd,
     _fake,
+    flops.ssd_shapes,
 )
 
 

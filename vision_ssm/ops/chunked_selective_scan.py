@@ -1,0 +1,149 @@
+"""Chunked selective scan of (batch, dim, L) sequences.
+
+Dimensions: b images, g groups that share B and C, d channels of a group.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunked import (
+    BACKWARD_ELEMENTS,
+    FORWARD_ELEMENTS,
+    Layout,
+    RowScan,
+    cut_blocks,
+    softplus_,
+    softplus_backward,
+    work_dtype,
+)
+
+class _Sequences:
+    """Cuts the inputs of a selective scan into rows, block by block."""
+
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ):
+        self.work, self.groups = work_dtype(u), B.shape[1]
+        self.layout = Layout.choose(u.shape[2])
+        self.u, self.delta, self.B, self.C = self.grouped(u), self.grouped(delta), B, C
+        self.A, self.D, self.delta_bias = (self.parameter(value) for value in (A, D, delta_bias))
+        self.delta_softplus = delta_softplus
+
+    def grouped(self, values: Tensor) -> Tensor:
+        return values.unflatten(1, (self.groups, -1))  # (b, g, d, L)
+
+    def parameter(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(self.work).unflatten(0, (self.groups, -1))  # (g, d, ...)
+
+    def blocks(self, elements: int) -> Iterator[tuple[slice, slice, slice]]:
+        batch, groups, dim, _ = self.u.shape
+        return cut_blocks(batch, groups, dim, self.layout.rows, elements)
+
+    def to_rows(self, values: Tensor) -> Tensor:
+        """(b, g, d, L) -> (b, g, S, M, d), contiguous, padded with zeros."""
+        values = F.pad(values.to(self.work), (0, self.layout.padding))
+        return values.unflatten(3, (self.layout.chunks, self.layout.steps)).permute(0, 1, 4, 3, 2).contiguous()
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """(b, g, S, M, d) -> (b, g, d, L)."""
+        return rows.permute(0, 1, 4, 3, 2).flatten(3)[..., : self.layout.length]
+
+    def raw_delta(self, images: slice, groups: slice, channels: slice) -> Tensor:
+        rows = self.to_rows(self.delta[images, groups, channels])
+        return rows if self.delta_bias is None else rows.add_(self.delta_bias[groups, channels][:, None, None])
+
+    def scan(self, images: slice, groups: slice, channels: slice) -> RowScan:
+        delta = self.raw_delta(images, groups, channels)
+        if self.delta_softplus:
+            delta = softplus_(delta)
+        if self.delta_softplus or self.delta_bias is not None:
+            self.layout.zero_padding(delta)
+        return RowScan(
+            self.to_rows(self.u[images, groups, channels]),
+            delta,
+            self.A[groups, channels],
+            self.to_rows(self.B[images, groups]),
+            self.to_rows(self.C[images, groups]),
+            None if self.D is None else self.D[groups, channels],
+            self.layout,
+        )
+
+
+def forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """u, delta (batch, dim, L); A (dim, N); B, C (batch, G, N, L); D, delta_bias (dim).
+
+    Returns y (batch, dim, L) and the last state (batch, dim, N), both float32 (float64 for float64 u).
+    """
+    sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    out = torch.empty_like(sequences.u, dtype=sequences.work, memory_format=torch.contiguous_format)
+    last = out.new_empty(*out.shape[:3], A.shape[1])  # (b, g, d, N)
+    for block in sequences.blocks(FORWARD_ELEMENTS):
+        y, states = sequences.scan(*block).forward()
+        out[block] = sequences.from_rows(y)
+        last[block] = states.squeeze(3).permute(1, 2, 3, 0)
+    return out.flatten(1, 2), last.flatten(1, 2)
+
+
+def backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> dict[str, Tensor]:
+    """Gradients of u, delta, A, B, C and, if given, D, delta_bias, by these names, in the dtype of the work."""
+    sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
+    grad_y, grad_last = sequences.grouped(grad_y), sequences.grouped(grad_last)
+    given = {"A": sequences.A, "D": sequences.D, "delta_bias": sequences.delta_bias}
+    given |= {"u": sequences.u, "delta": sequences.delta, "B": B, "C": C}
+    grads = {
+        name: torch.zeros_like(value, dtype=sequences.work, memory_format=torch.contiguous_format)
+        for name, value in given.items()
+        if value is not None
+    }
+    for block in sequences.blocks(BACKWARD_ELEMENTS):
+        images, groups, channels = block
+        last = grad_last[block].to(sequences.work).permute(3, 0, 1, 2).unsqueeze(3)  # (N, b, g, 1, d)
+        part = sequences.scan(*block).backward(sequences.to_rows(grad_y[block]), last)
+        if delta_softplus:
+            part["delta"] = softplus_backward(part["delta"], sequences.raw_delta(*block))
+        sequences.layout.zero_padding(part["delta"])
+        grads["u"][block] = sequences.from_rows(part["x"])
+        grads["delta"][block] = sequences.from_rows(part["delta"])
+        grads["A"][groups, channels] += part["A"]
+        grads["B"][images, groups] += sequences.from_rows(part["B"])
+        grads["C"][images, groups] += sequences.from_rows(part["C"])
+        if D is not None:
+            grads["D"][groups, channels] += part["D"]
+        if delta_bias is not None:
+            grads["delta_bias"][groups, channels] += part["delta"].sum((0, 2, 3))
+    for name in ("u", "delta"):
+        grads[name] = grads[name].flatten(1, 2)
+    for name in given.keys() & {"A", "D", "delta_bias"} & grads.keys():
+        grads[name] = grads[name].flatten(0, 1)
+    return grads
