@@ -12,6 +12,8 @@ from vision_ssm import CheckpointError
 from vision_ssm.engine import Runner, read_training
 from vision_ssm.engine.checkpoint import newest_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # accumulated gradients
+
 EPOCHS = 3
 KILLED_AFTER = ITERATIONS + 5  # in the middle of the second epoch
 EVERY = 3

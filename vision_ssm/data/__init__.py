@@ -4,7 +4,7 @@ from vision_ssm.data.collate import collate
 from vision_ssm.data.decode import EXTENSIONS, UnreadableImageError, load_image, read_header, to_eight_bit
 from vision_ssm.data.image_folder import ImageFolder, check_same_classes
 from vision_ssm.data.randomness import Draw, seeded
-from vision_ssm.data.samplers import EpochSampler, RepeatedAugmentSampler, isolate_generator
+from vision_ssm.data.samplers import EpochSampler, RepeatedAugmentSampler
 from vision_ssm.data.transforms import (
     build_transform,
     eval_transform,
@@ -25,7 +25,6 @@ __all__ = [
     "check_same_classes",
     "collate",
     "eval_transform",
-    "isolate_generator",
     "load_image",
     "plain_transform",
     "read_header",

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from vision_ssm.data.decode import UnreadableImageError, load_image, read_header
 from vision_ssm.data.image_folder import SPLIT_NAMES, ImageFolder, check_same_classes
@@ -298,20 +298,23 @@ def check_folder(
 
 
 def _table(reports: Sequence[SplitReport]) -> Table:
-    headers = ("split", "classes", "images", "per class", "unreadable", "smallest", "largest")
-    table = Table(*(Column(header, no_wrap=True) for header in headers), "formats", box=SIMPLE)
-    for report in reports:
-        counts = report.class_counts
-        table.add_row(
-            report.split or ".",
-            str(len(counts)),
-            str(report.images),
-            f"{min(counts)} to {max(counts)}",
-            str(len(report.unreadable)),
-            *("-" if size is None else f"{size[0]} x {size[1]}" for size in (report.smallest, report.largest)),
-            ", ".join(f"{mode} {count}" for mode, count in report.modes.most_common()),
-        )
+    table = Table("", *(report.split or "images" for report in reports), box=SIMPLE)
+    facts = {
+        "classes": [str(len(report.classes)) for report in reports],
+        "images": [str(report.images) for report in reports],
+        "images per class": [f"{min(report.class_counts)} to {max(report.class_counts)}" for report in reports],
+        "unreadable": [str(len(report.unreadable)) for report in reports],
+        "smallest (height x width)": [_dimensions(report.smallest) for report in reports],
+        "largest": [_dimensions(report.largest) for report in reports],
+        "formats": ["\n".join(f"{mode}: {count}" for mode, count in report.modes.most_common()) for report in reports],
+    }
+    for name, values in facts.items():
+        table.add_row(name, *values)
     return table
+
+
+def _dimensions(size: tuple[int, int] | None) -> str:
+    return "-" if size is None else f"{size[0]} x {size[1]}"
 
 
 def _digits_command(options: argparse.Namespace, console: Console) -> int:

@@ -47,7 +47,7 @@ def seeded(*entropy: int) -> Iterator[None]:
         ValueError: An entropy is negative.
     """
     words = np.random.SeedSequence(entropy).generate_state(8)
-    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    states = random.getstate(), np.random.get_state(legacy=False), torch.default_generator.get_state()
     random.seed(int.from_bytes(words[:2].tobytes(), "little"))
     np.random.seed(words[2:6])
     torch.default_generator.manual_seed(int.from_bytes(words[6:].tobytes(), "little"))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sized
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info, sync_random_seed
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from vision_ssm.data.keywords import strict_keywords
 from vision_ssm.data.randomness import Draw
@@ -166,13 +166,3 @@ class RepeatedAugmentSampler(EpochSampler):
 
     def _index(self, order: np.ndarray, position: int) -> int:
         return int(order[int(position % self._copies // self.num_repeats)])
-
-
-def isolate_generator(loader: DataLoader, seed: int = 0) -> DataLoader:
-    """Give `loader` a random generator of its own, in place, and return it.
-
-    A `DataLoader` draws one number from torch's global generator whenever an iteration starts, which shifts dropout and
-    stochastic depth of a run that was resumed in mid-epoch. With its own generator it leaves the global one alone.
-    """
-    loader.generator = torch.Generator().manual_seed(seed)
-    return loader

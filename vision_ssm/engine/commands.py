@@ -27,6 +27,7 @@ from .predict import Predictor, image_files
 from .runner import Runner
 
 MOST_DRAWN = 24
+PIPE_WIDTH = 240
 TRACEBACK = "VISION_SSM_TRACEBACK"
 EXPECTED = (UsageError, CheckpointError, NonFiniteError, FileNotFoundError)
 
@@ -35,6 +36,12 @@ def _parser(description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def _console() -> Console:
+    """Console that never cuts a table short where its output goes to a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
 @contextlib.contextmanager
@@ -92,7 +99,7 @@ def train(argv: Sequence[str] | None = None) -> int:
             runner.logger.warning(
                 f"{cfg.work_dir} holds an earlier run, whose files will be replaced (--resume continues it)"
             )
-        _ = runner.train_loop, runner.val_loop  # builds the loaders, so that wrong folders show here
+        runner.build_training()
     with _clear_errors():
         runner.train()
     return 0
@@ -140,7 +147,7 @@ def test(argv: Sequence[str] | None = None) -> int:
 
 
 def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, out: str | None) -> None:
-    console = Console()
+    console = _console()
     table = Table("metric", "value", title="Test")
     for name, value in metrics.items():
         if name not in ("data_time", "time"):
@@ -204,7 +211,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
         if not results:
             raise UsageError("none of the images could be read")
         figures.draw_top(list(results.items())[:MOST_DRAWN], args.out, f"Top {args.top} classes")
-    console = Console()
+    console = _console()
     if len(results) == 1:
         ((file, top),) = results.items()
         table = Table("class", "probability", title=file)
@@ -246,5 +253,5 @@ def list_models_command(argv: Sequence[str] | None = None) -> int:
         reported = model.pretrained_cfg.get("top1_reported")
         widths = "-".join(str(stage["num_chs"]) for stage in model.feature_info)
         table.add_row(name, family.family, f"{count:,}", widths, ", ".join(scans), str(reported or "-"))
-    Console().print(table)
+    _console().print(table)
     return 0

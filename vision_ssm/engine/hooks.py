@@ -301,7 +301,7 @@ class ProgressHook(Hook):
         speed = images / max(seconds, 1e-9)
         runner.message_hub.update_scalar("train/images_per_second", speed)
         if self.progress is not None:
-            numbers = f"loss {float(outputs['loss']):.4f}  {speed:,.0f} images/s"
+            numbers = f"loss {outputs['loss'].item():.4f}  {speed:,.0f} images/s"
             self.progress.update(self.task, completed=runner.iter + 1, numbers=numbers)
 
     def before_val_epoch(self, runner: Runner) -> None:

@@ -300,11 +300,19 @@ class Runner(mmengine.runner.Runner):
             f"iteration {position['iter']}"
         )
 
+    def build_training(self) -> None:
+        """Build loaders and optimizer and compare their classes with the model, so that mistakes show before a run."""
+        self._train_loop = self.build_train_loop(self._train_loop)
+        if self._val_loop is not None:
+            self._val_loop = self.build_val_loop(self._val_loop)
+        self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+        self._check_classes()
+
     def train(self) -> nn.Module:
         """Train, and return the model."""
+        self.build_training()
         name = getattr(getattr(self.bare_model, "backbone", None), "variant", None) or self.model_name
         count = sum(parameter.numel() for parameter in self.bare_model.parameters())
-        self._check_classes()
         self.logger.info(f"Model {name} with {count:,} parameters; work dir {self.work_dir}")
         try:
             return super().train()

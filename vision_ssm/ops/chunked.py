@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .workspace import scratch
 
 _LOG2_E = math.log2(math.e)
 # Most elements of one buffer. Fewer cost more calls, more fall out of the caches and cost more fresh memory.
@@ -44,8 +45,8 @@ class Layout:
 
     @classmethod
     def choose(cls, length: int, segments: int = 1) -> "Layout":
-        """The layout with the fewest operations: 2 * steps + length / steps is least at sqrt(length / 2)."""
-        return cls(length, segments, max(1, round(math.sqrt(length / 2))))
+        """Chunks of about sqrt(length) steps: few operations, and no padding for square maps."""
+        return cls(length, segments, math.ceil(math.sqrt(length)))
 
     @property
     def chunks(self) -> int:
@@ -157,9 +158,13 @@ class RowScan:
         _sweep(steps, shifted)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Outputs (B, K, S, M, D) and last states (N, B, K, segments, D). Overwrites x and delta."""
+        """Outputs (B, K, S, M, D), in scratch memory, and last states (N, B, K, segments, D). Overwrites x and delta."""
         x, delta = self.x, self.delta
-        y = torch.zeros_like(x) if self.D is None else x * self.D
+        y = scratch("y", x.shape, x)
+        if self.D is None:
+            y.zero_()
+        else:
+            torch.mul(x, self.D, out=y)
         chunked = self.layout.chunks > 1
         if chunked:
             self.delta_sum  # before delta is overwritten
@@ -171,7 +176,7 @@ class RowScan:
             if count == 1 and block.stop == self.A.shape[0]:  # the last state may use up its inputs
                 decay, states = delta[None], entering[None]
             else:
-                decay, states = (x.new_empty(count, *x.shape) for _ in range(2))
+                decay, states = (scratch(name, (count, *x.shape), x) for name in ("decay", "states"))
             self.decay(block, out=decay)
             torch.mul(entering[None], _per_state(self.B, block), out=states)
             self.run(block, states, decay, total, torch.empty_like(states.select(3, 0)))
@@ -183,22 +188,23 @@ class RowScan:
     def backward(self, grad_y: Tensor, grad_last: Tensor | None) -> dict[str, Tensor]:
         """Gradients of x, delta, A, B, C and D, by these names; `grad_y` is 0 in padded rows.
 
-        Padded rows of the gradients of x, delta, B and C have no meaning.
+        Padded rows of the gradients of x, delta, B and C have no meaning; those of x and delta are in scratch memory.
         """
         x, delta = self.x, self.delta
-        entering = delta * x
-        grad_entering, grad_delta = torch.zeros_like(x), torch.zeros_like(x)
+        entering = torch.mul(delta, x, out=scratch("entering", x.shape, x))
+        grad_entering, grad_delta = (scratch(name, x.shape, x) for name in ("grad_entering", "grad_delta"))
         grads = {"A": torch.empty_like(self.A[:, 0, :, 0, 0]), "B": torch.empty_like(self.B)}
         grads["C"] = torch.empty_like(self.C)
         for block in self.statecut_blocks(BACKWARD_ELEMENTS):
             count = block.stop - block.start
             total = self.total_decay(block) if self.layout.chunks > 1 else None
-            decay = self.decay(block, out=x.new_empty(count, *x.shape))
-            states = x.new_empty(*decay.shape[:3], decay.shape[3] + 1, *decay.shape[4:])  # of the step before, and after
+            decay = self.decay(block, out=scratch("decay", (count, *x.shape), x))
+            shape = (*decay.shape[:3], decay.shape[3] + 1, *decay.shape[4:])
+            states = scratch("states", shape, x)
             before, after = states[:, :, :, :-1], states[:, :, :, 1:]
             torch.mul(entering, _per_state(self.B, block), out=after)
             self.run(block, after, decay, total, states.select(3, 0))
-            grad = after * grad_y
+            grad = torch.mul(after, grad_y, out=scratch("grad", decay.shape, x))
             grads["C"][..., block] = grad.sum(-1).movedim(0, -1)
             torch.mul(grad_y, _per_state(self.C, block), out=grad)
             self.run_adjoint(grad, decay, total, None if grad_last is None else grad_last[block])
@@ -206,13 +212,17 @@ class RowScan:
             grads["A"][block] = torch.mul(exponent, delta, out=after).sum((1, 3, 4))
             grads["B"][..., block] = torch.mul(grad, entering, out=after).sum(-1).movedim(0, -1)
             for i, weight in enumerate(_per_state(self.B, block)):
-                grad_delta.addcmul_(exponent[i], self.A[block][i])
-                grad_entering.addcmul_(grad[i], weight)
+                if block.start + i == 0:
+                    torch.mul(exponent[i], self.A[block][i], out=grad_delta)
+                    torch.mul(grad[i], weight, out=grad_entering)
+                else:
+                    grad_delta.addcmul_(exponent[i], self.A[block][i])
+                    grad_entering.addcmul_(grad[i], weight)
         grads["A"] = grads["A"].permute(1, 2, 0)  # (K, D, N)
         grads["delta"] = grad_delta.addcmul_(grad_entering, x)
         grads["x"] = grad_entering.mul_(delta)
         if self.D is not None:
-            grads["D"] = (grad_y * x).sum((0, 2, 3))
+            grads["D"] = torch.mul(grad_y, x, out=scratch("grad", x.shape, x)).sum((0, 2, 3))
             grads["x"].addcmul_(grad_y, self.D)
         return grads
 
@@ -221,11 +231,12 @@ def softplus_(values: Tensor) -> Tensor:
     """softplus in place, rounded as `F.softplus` does it; twice as fast where nothing is large."""
     if values.device.type == "cpu" and values.numel() and values.max() <= _SOFTPLUS_LINEAR:
         return values.exp_().log1p_()
-    return values.copy_(F.softplus(values, threshold=_SOFTPLUS_LINEAR))
+    return torch._C._nn.softplus(values, 1.0, _SOFTPLUS_LINEAR, out=values)
 
 
-def softplus_backward(grad: Tensor, values: Tensor) -> Tensor:
-    return torch.ops.aten.softplus_backward(grad, values, 1.0, _SOFTPLUS_LINEAR)
+def softplus_backward_(grad: Tensor, values: Tensor) -> Tensor:
+    """Turn `grad` from the gradient of softplus(values) into that of `values`, in place."""
+    return torch.ops.aten.softplus_backward(grad, values, 1.0, _SOFTPLUS_LINEAR, grad_input=grad)
 
 
 def cut_blocks(batch: int, groups: int, dim: int, rows: int, elements: int) -> Iterator[tuple[slice, slice, slice]]:

@@ -19,9 +19,18 @@ from .chunked import (
     RowScan,
     cut_blocks,
     softplus_,
-    softplus_backward,
+    softplus_backward_,
     work_dtype,
 )
+from .workspace import scratch
+
+
+def _for_images(index: Tensor, images: int, stride: int) -> Tensor:
+    """`index` for each of several images that lie `stride` rows apart."""
+    if images == 1:
+        return index
+    first = torch.arange(0, images * stride, stride, device=index.device)
+    return (first[:, None] + index).flatten()
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,15 @@ class _Bags:
     offsets: Tensor
 
     def sum(self, values: Tensor) -> Tensor:
-        """values (rows, width) -> (targets, width)."""
-        return F.embedding_bag(self.rows, values, self.offsets, mode="sum", include_last_offset=True)
+        """values (b, k, S, M, width) -> (b, targets, width)."""
+        images, width = values.shape[0], values.shape[-1]
+        rows = _for_images(self.rows, images, values[0].numel() // width)
+        offsets = _for_images(self.offsets[:-1], images, self.rows.numel())
+        return F.embedding_bag(rows, values.flatten(0, 3), offsets, mode="sum").view(images, -1, width)
 
 
 class _Plan:
-    """Index tables of some routes: row order of `table` (K, T), and the way back to its positions."""
+    """Index tables of some routes: the positions in row order of `table` (K, T), and the way back."""
 
     def __init__(self, table: Tensor, length: int, layout: Layout):
         routes, steps = table.shape
@@ -49,12 +61,11 @@ class _Plan:
         row = (route * layout.rows + inside * layout.columns + column).flatten()  # of step t of route k
         order = torch.zeros(routes * layout.rows, dtype=torch.long, device=table.device)
         self.positions = order.index_copy(0, row, table.flatten())  # padded rows read position 0
-        self.pointwise = self.positions * routes + route.expand(-1, layout.rows).flatten()  # rows of (L * K, ...)
-        targets = (table * routes + route).flatten()
-        targets, sorting = torch.sort(targets, stable=True)
+        self.pointwise = self.positions * routes + route.expand(-1, layout.rows).flatten()  # of the L * K projections
+        targets, sorting = torch.sort((table * routes + route).flatten(), stable=True)
         bounds = torch.searchsorted(targets, torch.arange(length * routes + 1, device=table.device))
-        self.by_route = _Bags(row[sorting], bounds)  # sums over the visits of one route, to (L * K, ...)
-        self.merged = _Bags(row[sorting], bounds[::routes].contiguous())  # sums over all routes, to (L, ...)
+        self.by_route = _Bags(row[sorting], bounds)  # sums over the visits of one route, to L * K targets
+        self.merged = _Bags(row[sorting], bounds[::routes].contiguous())  # sums over all routes, to L targets
 
 
 _PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -115,48 +126,48 @@ class _Routes:
         """Plans of reading and of writing."""
         return tuple(_plan(table, routes, self.x.shape[1], self.layout) for table in (self.read, self.write))
 
-    def rows(self, values: Tensor, index: Tensor, routes: int) -> Tensor:
-        """values (b, L, ..., width) gathered to (b, routes, S, M, width)."""
-        batch, width = values.shape[0], values.shape[-1]
-        values = values.reshape(batch, -1, width)
-        rows = values.new_empty(batch, index.numel(), width)
-        for source, target in zip(values, rows):
-            torch.index_select(source, 0, index, out=target)
-        return rows.view(batch, routes, self.layout.steps, self.layout.columns, width)
+    def rows(self, name: str, values: Tensor, index: Tensor) -> Tensor:
+        """values (b, L, ..., width) gathered to (b, k, S, M, width), in scratch memory of that name."""
+        images, width = values.shape[0], values.shape[-1]
+        values = values.reshape(-1, width)
+        rows = scratch(name, (images * index.numel(), width), values)
+        torch.index_select(values, 0, _for_images(index, images, len(values) // images), out=rows)
+        return rows.view(images, -1, self.layout.steps, self.layout.columns, width)
 
     def low_rank(self, images: slice, routes: slice) -> Tensor:
         """Projections at the steps, (b, k, S * M, R)."""
         index = self.plans(routes)[0].pointwise
-        return self.rows(self.delta[images, :, routes], index, routes.stop - routes.start).flatten(2, 3)
+        return self.rows("low_rank", self.delta[images, :, routes], index).flatten(2, 3)
 
-    def raw_delta(self, images: slice, routes: slice, channels: slice) -> Tensor:
-        """(b, k, S, M, d), before softplus."""
-        bias = None if self.dt_bias is None else self.dt_bias[routes, channels][:, None]  # (k, 1, d)
+    def raw_delta(self, name: str, images: slice, routes: slice, channels: slice) -> Tensor:
+        """Step sizes before softplus, (b, k, S, M, d), in scratch memory of that name."""
+        bias = None if self.dt_bias is None else self.dt_bias[routes, channels].unsqueeze(1)  # (k, 1, d)
         if self.dt_weight is None:
             index = self.plans(routes)[0].pointwise
-            delta = self.rows(self.delta[images, :, routes, channels], index, routes.stop - routes.start)
-            return delta if bias is None else delta.add_(bias[:, None])
+            delta = self.rows(name, self.delta[images, :, routes, channels], index)
+            return delta if bias is None else delta.add_(bias.unsqueeze(1))
         low_rank = self.low_rank(images, routes)
-        batch, count = low_rank.shape[:2]
-        weight = self.dt_weight[routes, channels].mT.expand(batch, -1, -1, -1).flatten(0, 1)  # (b * k, R, d)
-        if bias is None:
-            delta = torch.bmm(low_rank.flatten(0, 1), weight)
-        else:
-            delta = torch.baddbmm(bias.expand(batch, -1, -1, -1).flatten(0, 1), low_rank.flatten(0, 1), weight)
-        return delta.view(batch, count, self.layout.steps, self.layout.columns, -1)
+        weight = self.dt_weight[routes, channels].mT  # (k, R, d)
+        delta = scratch(name, (*low_rank.shape[:3], weight.shape[2]), low_rank)
+        for source, target in zip(low_rank, delta):
+            if bias is None:
+                torch.bmm(source, weight, out=target)
+            else:
+                torch.baddbmm(bias, source, weight, out=target)
+        return delta.unflatten(2, (self.layout.steps, self.layout.columns))
 
     def scan(self, images: slice, routes: slice, channels: slice) -> RowScan:
-        read, count = self.plans(routes)[0], routes.stop - routes.start
-        delta = self.raw_delta(images, routes, channels)
+        read = self.plans(routes)[0]
+        delta = self.raw_delta("delta", images, routes, channels)
         if self.delta_softplus:
             delta = softplus_(delta)
         self.layout.zero_padding(delta)
         return RowScan(
-            self.rows(self.x[images, :, channels], read.positions, count),
+            self.rows("x", self.x[images, :, channels], read.positions),
             delta,
             self.A[routes, channels],
-            self.rows(self.B[images, :, routes], read.pointwise, count),
-            self.rows(self.C[images, :, routes], read.pointwise, count),
+            self.rows("B", self.B[images, :, routes], read.pointwise),
+            self.rows("C", self.C[images, :, routes], read.pointwise),
             None if self.D is None else self.D[routes, channels],
             self.layout,
         )
@@ -165,12 +176,18 @@ class _Routes:
 def forward(x: Tensor, *inputs: Any) -> Tensor:
     """Arguments of `_Routes`. Returns (B, L, D), float32 (float64 for float64 x)."""
     scan = _Routes(x, *inputs)
-    out = scan.x.new_zeros(x.shape)
+    out = scan.x.new_empty(x.shape)
     for images, routes, channels in scan.blocks(FORWARD_ELEMENTS):
         y = scan.scan(images, routes, channels).forward()[0]
-        for target, rows in zip(out[images, :, channels], y):
-            target.add_(scan.plans(routes)[1].merged.sum(rows.flatten(0, 2)))
+        _collect(out[images, :, channels], scan.plans(routes)[1].merged.sum(y), routes.start == 0)
     return out
+
+
+def _collect(target: Tensor, part: Tensor, first: bool) -> None:
+    if first:
+        target.copy_(part)
+    else:
+        target.add_(part)
 
 
 def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
@@ -180,15 +197,14 @@ def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
     given = {"A": scan.A, "D": scan.D, "dt_weight": scan.dt_weight, "dt_bias": scan.dt_bias}
     grads = {name: torch.zeros_like(value) for name, value in given.items() if value is not None}
     for name in ("x", "delta", "B", "C"):
-        grads[name] = torch.zeros_like(getattr(scan, name), memory_format=torch.contiguous_format)
+        grads[name] = torch.empty_like(getattr(scan, name), memory_format=torch.contiguous_format)
     for images, routes, channels in scan.blocks(BACKWARD_ELEMENTS):
         read, write = scan.plans(routes)
-        count = routes.stop - routes.start
-        grad_y = scan.rows(grad_out[images, :, channels], write.positions, count)
+        grad_y = scan.rows("grad_y", grad_out[images, :, channels], write.positions)
         scan.layout.zero_padding(grad_y)
         part = scan.scan(images, routes, channels).backward(grad_y, None)
         if scan.delta_softplus:
-            part["delta"] = softplus_backward(part["delta"], scan.raw_delta(images, routes, channels))
+            softplus_backward_(part["delta"], scan.raw_delta("entering", images, routes, channels))
         scan.layout.zero_padding(part["delta"])
         grads["A"][routes, channels] += part["A"]
         if scan.D is not None:
@@ -196,15 +212,14 @@ def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
         if scan.dt_bias is not None:
             grads["dt_bias"][routes, channels] += part["delta"].sum((0, 2, 3))
         if scan.dt_weight is not None:
-            delta = part["delta"].flatten(2, 3)  # (b, k, S * M, d)
-            grads["dt_weight"][routes, channels] += (delta.mT @ scan.low_rank(images, routes)).sum(0)
-            part["delta"] = (delta @ scan.dt_weight[routes, channels]).view(*part["B"].shape[:-1], -1)
-        for target, rows in zip(grads["x"][images, :, channels], part["x"]):
-            target.add_(read.merged.sum(rows.flatten(0, 2)))
+            # Narrow products, each in the order that is fast.
+            delta, weight = part["delta"].flatten(2, 3), scan.dt_weight[routes, channels]  # (b, k, S * M, d), (k, d, R)
+            grads["dt_weight"][routes, channels] += (scan.low_rank(images, routes).mT @ delta).sum(0).mT
+            part["delta"] = (weight.mT @ delta.mT).mT.reshape(*part["B"].shape[:-1], -1)
+        _collect(grads["x"][images, :, channels], read.merged.sum(part["x"]), routes.start == 0)
         for name in ("delta", "B", "C"):
-            targets = grads[name][images, :, routes]
-            if name == "delta" and scan.dt_weight is None:
-                targets = targets[..., channels]
-            for target, rows in zip(targets, part[name]):
-                target.add_(read.by_route.sum(rows.flatten(0, 2)).view(target.shape))
+            target = grads[name][images, :, routes]
+            whole = name != "delta" or scan.dt_weight is not None  # not cut into channels
+            target = target if whole else target[..., channels]
+            _collect(target, read.by_route.sum(part[name]).view(target.shape), not whole or channels.start == 0)
     return grads

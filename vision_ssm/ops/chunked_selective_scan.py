@@ -16,9 +16,10 @@ from .chunked import (
     RowScan,
     cut_blocks,
     softplus_,
-    softplus_backward,
+    softplus_backward_,
     work_dtype,
 )
+from .workspace import scratch
 
 class _Sequences:
     """Cuts the inputs of a selective scan into rows, block by block."""
@@ -50,31 +51,39 @@ class _Sequences:
         batch, groups, dim, _ = self.u.shape
         return cut_blocks(batch, groups, dim, self.layout.rows, elements)
 
-    def to_rows(self, values: Tensor) -> Tensor:
-        """(b, g, d, L) -> (b, g, S, M, d), contiguous, padded with zeros."""
-        values = F.pad(values.to(self.work), (0, self.layout.padding))
-        return values.unflatten(3, (self.layout.chunks, self.layout.steps)).permute(0, 1, 4, 3, 2).contiguous()
+    def to_rows(self, name: str, values: Tensor) -> Tensor:
+        """(b, g, d, L) -> (b, g, S, M, d), padded with zeros, in scratch memory of that name."""
+        layout, (batch, groups, dim, _) = self.layout, values.shape
+        rows = scratch(name, (batch, groups, layout.steps, layout.chunks, dim), self.A)
+        chunks = rows.permute(0, 1, 4, 3, 2)  # (b, g, d, M, S)
+        whole = layout.chunks - bool(layout.padding)
+        if whole:
+            chunks[..., :whole, :] = values[..., : whole * layout.steps].unflatten(3, (whole, layout.steps))
+        if layout.padding:
+            chunks[..., whole, :] = F.pad(values[..., whole * layout.steps :], (0, layout.padding))
+        return rows
 
     def from_rows(self, rows: Tensor) -> Tensor:
         """(b, g, S, M, d) -> (b, g, d, L)."""
         return rows.permute(0, 1, 4, 3, 2).flatten(3)[..., : self.layout.length]
 
-    def raw_delta(self, images: slice, groups: slice, channels: slice) -> Tensor:
-        rows = self.to_rows(self.delta[images, groups, channels])
+    def raw_delta(self, name: str, images: slice, groups: slice, channels: slice) -> Tensor:
+        """Step sizes before softplus, in scratch memory of that name."""
+        rows = self.to_rows(name, self.delta[images, groups, channels])
         return rows if self.delta_bias is None else rows.add_(self.delta_bias[groups, channels][:, None, None])
 
     def scan(self, images: slice, groups: slice, channels: slice) -> RowScan:
-        delta = self.raw_delta(images, groups, channels)
+        delta = self.raw_delta("delta", images, groups, channels)
         if self.delta_softplus:
             delta = softplus_(delta)
         if self.delta_softplus or self.delta_bias is not None:
             self.layout.zero_padding(delta)
         return RowScan(
-            self.to_rows(self.u[images, groups, channels]),
+            self.to_rows("x", self.u[images, groups, channels]),
             delta,
             self.A[groups, channels],
-            self.to_rows(self.B[images, groups]),
-            self.to_rows(self.C[images, groups]),
+            self.to_rows("B", self.B[images, groups]),
+            self.to_rows("C", self.C[images, groups]),
             None if self.D is None else self.D[groups, channels],
             self.layout,
         )
@@ -129,9 +138,9 @@ def backward(
     for block in sequences.blocks(BACKWARD_ELEMENTS):
         images, groups, channels = block
         last = grad_last[block].to(sequences.work).permute(3, 0, 1, 2).unsqueeze(3)  # (N, b, g, 1, d)
-        part = sequences.scan(*block).backward(sequences.to_rows(grad_y[block]), last)
+        part = sequences.scan(*block).backward(sequences.to_rows("grad_y", grad_y[block]), last)
         if delta_softplus:
-            part["delta"] = softplus_backward(part["delta"], sequences.raw_delta(*block))
+            softplus_backward_(part["delta"], sequences.raw_delta("entering", *block))
         sequences.layout.zero_padding(part["delta"])
         grads["u"][block] = sequences.from_rows(part["x"])
         grads["delta"][block] = sequences.from_rows(part["delta"])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunked import softplus_, softplus_backward, work_dtype
+from .chunked import softplus_, softplus_backward_, work_dtype
 
 _BLOCK_ELEMENTS = 1 << 21  # of the largest intermediate: one q x q matrix for every head and chunk
 
@@ -179,9 +179,9 @@ def backward(
 
     per_channel = heads.per_channel(heads.delta)
     grad_delta = (grad_input * heads.x).sum(-1).mT + grad_decay * heads.A  # (b, c, g, r, q)
-    grad_delta = heads.steps(grad_delta.movedim(-1, 2)).flatten(2)  # (b, L, heads)
+    grad_delta = heads.steps(grad_delta.movedim(-1, 2)).flatten(2).contiguous()  # (b, L, heads)
     if dt_softplus:
-        grad_delta = softplus_backward(grad_delta, heads.raw_delta)
+        softplus_backward_(grad_delta, heads.raw_delta)
     grads = {"dt": grad_delta, "A": (grad_decay * heads.delta).sum((0, 1, 4)).flatten()}
     grads["B"], grads["C"] = (heads.steps(grad.transpose(2, 3)) for grad in (grad_B, grad_C))
     if heads.D is not None:

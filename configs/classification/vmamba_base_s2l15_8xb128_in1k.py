@@ -1,0 +1,10 @@
+# vmamba_base_s2l15, VMamba-B of the paper: reported top-1 83.9 % (arXiv 2401.10166).
+_base_ = [
+    "../_base_/default_runtime.py",
+    "../_base_/models/classifier_in1k.py",
+    "../_base_/datasets/imagenet_224.py",
+    "../_base_/schedules/imagenet_300e_adamw.py",
+]
+model = dict(backbone=dict(name="vmamba_base_s2l15", drop_path_rate=0.6))
+# The original decays its multi-dimensional decays and step-size biases like any other weight.
+optim_wrapper = dict(paramwise_cfg=dict(decay=["*.A_log", "*.dt_proj_bias"]))

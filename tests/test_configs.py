@@ -1,0 +1,197 @@
+"""Every config under configs/ is built, part by part; the published recipe is what the configs say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from engine_support import CONFIGS
+from mmengine.config import Config
+from mmengine.registry import HOOKS, LOG_PROCESSORS, METRICS, MODELS, PARAM_SCHEDULERS, VISBACKENDS
+
+from vision_ssm import list_models
+from vision_ssm.backbones.vmamba import PUBLISHED, VARIANTS
+from vision_ssm.data import build_transform
+from vision_ssm.engine.config import check_option
+from vision_ssm.engine.optim import ParameterGroups
+from vision_ssm.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # schedules without training
+
+LEAVES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" not in path.parts)
+BASES = sorted(path for path in CONFIGS.rglob("*.py") if "_base_" in path.parts)
+RECIPE = CONFIGS / "classification" / "vmamba_tiny_s1l8_8xb128_in1k.py"
+
+
+def build(cfg: Config):
+    """Model on the meta device and optimizer wrapper of a config; float32, because there is no GPU to ask."""
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    wrapper = {
+        key: value for key, value in cfg.optim_wrapper.items() if key not in ("constructor", "paramwise_cfg", "type")
+    }
+    return model, ParameterGroups({**wrapper, "precision": "fp32"}, cfg.optim_wrapper.get("paramwise_cfg"))(model)
+
+
+def schedule(cfg: Config, wrapper, epoch_length: int) -> list:
+    options = [{**item, "end": item.get("end", cfg.train_cfg.max_epochs)} for item in cfg.param_scheduler]
+    defaults = dict(optimizer=wrapper, epoch_length=epoch_length)
+    return [PARAM_SCHEDULERS.build(item, default_args=defaults) for item in options]
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+def test_config_builds(path):
+    cfg = Config.fromfile(str(path))
+    model, wrapper = build(cfg)
+    assert cfg.model.backbone.name in list_models()
+    assert sum(len(group["params"]) for group in wrapper.optimizer.param_groups) == len(list(model.parameters()))
+    assert len(schedule(cfg, wrapper, 10)) == len(cfg.param_scheduler)
+    channels = cfg.model.backbone.get("in_chans", 3)
+    for loader, train in (("train_dataloader", True), ("val_dataloader", False), ("test_dataloader", False)):
+        dataset = cfg[loader].dataset
+        assert DATASETS.get(dataset.type) is not None and dataset.transform.train is train
+        assert dataset.get("channels", 3) == channels
+        assert callable(build_transform(**{"channels": channels, **dataset.transform}))
+        DATA_SAMPLERS.build({**cfg[loader].sampler, "dataset": range(10), "seed": 0})
+        assert callable(FUNCTIONS.get(cfg[loader].collate_fn.type))
+        METRICS.build(cfg.val_evaluator)
+    for hook in [*cfg.default_hooks.values(), *cfg.custom_hooks]:
+        HOOKS.build(hook)
+    for backend in cfg.visualizer.vis_backends:
+        assert VISBACKENDS.get(backend.type) is not None
+    LOG_PROCESSORS.build({"type": "LogProcessor", **cfg.log_processor})
+    if cfg.model.mixup is not None:
+        assert cfg.train_dataloader.batch_size % 2 == 0 and cfg.train_dataloader.drop_last
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+def test_leaf_is_short_and_names_its_model(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 15
+    cfg = Config.fromfile(str(path))
+    name = cfg.model.backbone.name
+    if name != "vmamba_micro":
+        assert path.stem in (f"{name}_8xb128_in1k", f"{name}_finetune")
+    if path.stem.endswith("_in1k"):
+        assert cfg.model.backbone.drop_path_rate == VARIANTS[name]["drop_path_rate"]
+        published = PUBLISHED.get(name)
+        if published is None:
+            assert "Neither weights nor an accuracy are published" in lines[0]
+        else:
+            assert f"reported top-1 {published['top1_reported']} %" in lines[0]
+
+
+def test_bases_have_no_bases_and_are_all_used():
+    used = set()
+    for path in LEAVES:
+        used |= {(path.parent / base).resolve() for base in re.findall(r'"(\.\./_base_/.+)"', path.read_text())}
+    assert used == {base.resolve() for base in BASES}
+    for base in BASES:
+        assert "_base_" not in base.read_text()
+
+
+def test_every_variant_has_a_config():
+    configured = {path.stem.removesuffix("_8xb128_in1k") for path in LEAVES if path.stem.endswith("_in1k")}
+    assert configured == {name for name in VARIANTS if not name.endswith("_micro")}
+
+
+def test_recipe_of_vmamba_on_imagenet():
+    """arXiv 2401.10166 and its code: section "Training" of the original configs for 8 x 128 images."""
+    cfg = Config.fromfile(str(RECIPE))
+    batch = 8 * cfg.train_dataloader.batch_size
+    assert batch == 1024 == cfg.auto_scale_lr.base_batch_size and cfg.auto_scale_lr.enable
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.betas, optimizer.eps) == ("AdamW", (0.9, 0.999), 1e-8)
+    assert optimizer.lr == 5e-4 * batch / 512 and optimizer.weight_decay == 0.05
+    assert cfg.optim_wrapper.clip_grad == dict(max_norm=5.0) and cfg.optim_wrapper.precision == "fp16"
+    assert cfg.train_cfg.max_epochs == 300
+    assert cfg.model.loss == dict(type="SoftTargetCrossEntropy")
+    assert cfg.model.mixup == dict(
+        mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1
+    )
+    train, val = cfg.train_dataloader.dataset.transform, cfg.val_dataloader.dataset.transform
+    assert (train.auto_augment, train.color_jitter) == ("rand-m9-mstd0.5-inc1", 0.4)
+    assert (train.erasing_prob, train.erasing_mode, train.interpolation) == (0.25, "pixel", "bicubic")
+    assert val.input_size == 224 and round(val.input_size / val.crop_pct) == 256 and val.interpolation == "bicubic"
+    assert [(hook.type, hook.momentum) for hook in cfg.custom_hooks] == [("EMAHook", 1e-4)]
+
+    _, wrapper = build(cfg)
+    length = 20
+    schedulers = schedule(cfg, wrapper, length)
+    rates = []
+    for _ in range(300 * length):
+        rates.append(wrapper.get_lr()["base_lr"][0])
+        for scheduler in schedulers:
+            scheduler.step()
+    scale = batch / 512
+    assert rates[0] == pytest.approx(5e-7 * scale)
+    assert rates[20 * length] == pytest.approx(5e-4 * scale) and max(rates) == pytest.approx(5e-4 * scale)
+    assert rates[10 * length] == pytest.approx(
+        (5e-7 + (5e-4 - 5e-7) / 2 * (1 + 1 / (20 * length - 1))) * scale, rel=1e-3
+    )
+    assert rates[160 * length] == pytest.approx((5e-4 + 5e-6) / 2 * scale)  # half of the cosine
+    assert wrapper.get_lr()["base_lr"][0] == pytest.approx(5e-6 * scale, rel=1e-5)
+
+
+def test_recipe_decays_what_the_original_decays():
+    model, wrapper = build(Config.fromfile(str(RECIPE)))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in wrapper.optimizer.param_groups
+        if group["weight_decay"] > 0
+        for parameter in group["params"]
+    }
+    leaves = {name.rsplit(".", 1)[-1] for name in decayed}
+    assert leaves == {"weight", "A_log", "dt_proj_bias", "dt_proj_weight", "x_proj_weight"}
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        expected = not name.endswith(".D") and (parameter.ndim > 1)
+        assert (name in decayed) is expected, name
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optim_wrapper.optimizer.lr",
+        "optim_wrapper.optimizer.amsgrad",
+        "optim_wrapper.paramwise_cfg",
+        "model.backbone.drop_rate",
+        "model.pretrained",
+        "train_dataloader.dataset.strict",
+        "train_dataloader.dataset.transform.hflip",
+        "custom_hooks.0.momentum",
+        "param_scheduler.1.begin",
+        "default_hooks.checkpoint.every_iterations",
+        "train_cfg.val_begin",
+        "randomness.diff_rank_seed",
+        "load_from",
+        "find_unused_parameters",
+    ],
+)
+def test_options_that_exist(key):
+    check_option(Config.fromfile(str(RECIPE)), key)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("optim_wraper.optimizer.lr", r"the config has no key 'optim_wraper'. Did you mean 'optim_wrapper'"),
+        ("optim_wrapper.optimizer.weight_dcay", r"has no key 'weight_dcay'. Did you mean 'weight_decay'"),
+        ("optim_wrapper.accumulative_count", r"Did you mean 'accumulative_counts'"),
+        ("train_cfg.max_epoch", r"train_cfg has no key 'max_epoch'. Did you mean 'max_epochs'"),
+        ("model.num_class", r"model has no key 'num_class'. Did you mean 'num_classes'"),
+        ("default_hooks.checkpoint.intervall", r"default_hooks.checkpoint has no key 'intervall'"),
+        ("train_dataloader.dataset.rooot", r"Did you mean 'root'"),
+        ("custom_hooks.3.momentum", r"custom_hooks is a list of 1, '3' is no place in it"),
+        ("log_level.x", r"log_level is 'INFO' and has no parts"),
+    ],
+)
+def test_options_that_do_not_exist(key, message):
+    with pytest.raises(ValueError, match=message):
+        check_option(Config.fromfile(str(RECIPE)), key)
+
+
+def test_config_files_are_where_they_belong():
+    folders = {path.parent.relative_to(CONFIGS) for path in BASES}
+    assert folders == {Path("_base_"), *(Path("_base_") / name for name in ("datasets", "models", "schedules"))}

@@ -1,0 +1,141 @@
+"""What only a GPU can show: the same results as on the CPU, mixed precision, NCCL. Run with ``pytest -m gpu``."""
+
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import golden_cases
+import pytest
+import torch
+from engine_support import QUICKSTART, ROOT, write_pictures
+
+import vision_ssm
+from vision_ssm.ops import scan_2d, select_backend, selective_scan, ssd
+from vision_ssm.scans import build_routes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("name", golden_cases.names("vmamba"))
+def test_golden(name):
+    case = golden_cases.load(name)
+    model = vision_ssm.import_official("vmamba", case["config"], golden_cases.weights(case)).cuda()
+    with torch.inference_mode():
+        features = model.forward_intermediates(golden_cases.images(case["input"]).cuda())
+    for expected, feature in zip(case["outputs"]["features"], features, strict=True):
+        assert golden_cases.sample_error(expected, feature.cpu()) < case["tolerance"]
+
+
+def _close(ours, twin, inputs):
+    """Outputs and gradients of `ours` on the GPU in float32 against those on the CPU in float64."""
+    results = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        leaves = {key: value.to(device, dtype).requires_grad_() for key, value in inputs.items()}
+        output = (ours if device == "cuda" else twin)(**leaves)
+        weight = torch.linspace(-1, 1, output.numel(), dtype=dtype, device=device).view_as(output)
+        (output * weight).sum().backward()
+        results.append({"output": output.detach(), **{key: value.grad for key, value in leaves.items()}})
+    for key, want in results[1].items():
+        have = results[0][key].cpu().double()
+        assert (have - want).norm() / want.norm() < 1e-5, key
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 9), (32, 31)])
+@pytest.mark.parametrize("states", [1, 16])
+def test_scan_2d(size, states):
+    (table,) = build_routes("cross").tables(*size)
+    length, dim, rank = size[0] * size[1], 24, 3
+    inputs = dict(
+        x=torch.randn(2, length, dim),
+        delta=torch.randn(2, length, 4, rank),
+        A=-torch.rand(4, dim, states) * 8,
+        B=torch.randn(2, length, 4, states),
+        C=torch.randn(2, length, 4, states),
+        D=torch.randn(4, dim),
+        dt_weight=torch.randn(4, dim, rank),
+        dt_bias=torch.randn(4, dim) - 3,
+    )
+    device_table = table.to("cuda")
+    _close(
+        lambda **leaves: scan_2d(**leaves, read=device_table.read),
+        lambda **leaves: scan_2d(**leaves, read=table.read),
+        inputs,
+    )
+
+
+def test_selective_scan_and_ssd():
+    inputs = dict(
+        u=torch.randn(2, 6, 50), delta=torch.randn(2, 6, 50), A=-torch.rand(6, 4), B=torch.randn(2, 2, 4, 50),
+        C=torch.randn(2, 2, 4, 50), D=torch.randn(6), z=torch.randn(2, 6, 50), delta_bias=torch.randn(6),
+    )  # fmt: skip
+    _close(*[lambda **leaves: selective_scan(**leaves, delta_softplus=True)] * 2, inputs)
+    inputs = dict(
+        x=torch.randn(2, 70, 4, 8), dt=torch.randn(2, 70, 4), A=-torch.rand(4), B=torch.randn(2, 70, 2, 5),
+        C=torch.randn(2, 70, 2, 5), D=torch.randn(4), dt_bias=torch.randn(4),
+    )  # fmt: skip
+    _close(*[lambda **leaves: ssd(**leaves, dt_softplus=True)] * 2, inputs)
+
+
+def test_backend_says_why_it_is_not_faster():
+    x = torch.zeros(1, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        backend = select_backend(x, "scan_2d")
+    assert backend.name == "triton" or "Triton" in backend.reason
+
+
+@pytest.mark.parametrize("name", vision_ssm.list_models("*_micro"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_autocast(name, dtype, scale):
+    model = vision_ssm.create_model(name, num_classes=5).cuda().train()
+    image = scale * torch.randn(2, 3, 64, 96, device="cuda")
+    with torch.autocast("cuda", dtype=dtype):
+        loss = model(image).float().square().mean()
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+def _train(tmp_path, *arguments, launcher=()):
+    data = write_pictures(tmp_path / "pictures") if not (tmp_path / "pictures").exists() else tmp_path / "pictures"
+    command = [*(launcher or [sys.executable]), str(ROOT / "tools" / "train.py"), str(QUICKSTART)]
+    command += ["--data-root", str(data), "--cfg-options", "train_cfg.max_epochs=8", "model.num_classes=3"]
+    command += ["train_dataloader.batch_size=8", "val_dataloader.batch_size=8"]
+    process = subprocess.run(
+        [*command, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("precision", [[], ["--amp", "bf16"], ["--amp", "fp16"]], ids=["fp32", "bf16", "fp16"])
+def test_training(precision, tmp_path):
+    output = _train(tmp_path, *precision, "--work-dir", str(tmp_path / "run"))
+    accuracies = [float(value) for value in re.findall(r"top1: +([\d.]+)", output)]
+    assert accuracies[-1] > 60, output[-2000:]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_nccl(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    output = _train(tmp_path, "--launcher", "pytorch", "--work-dir", str(tmp_path / "run"), launcher=launcher)
+    assert "2 process(es)" in output and "top1" in output

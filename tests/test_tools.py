@@ -1,0 +1,224 @@
+"""The command line: train, test, predict, list_models; what they write, and what they say to wrong input."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from engine_support import (
+    CLASSES,
+    ITERATIONS,
+    QUICKSTART,
+    ROOT,
+    VAL_PER_CLASS,
+    run_python,
+    small_config,
+    write_pictures,
+)
+from PIL import Image
+
+from vision_ssm import create_model, list_models
+from vision_ssm.engine import commands, read_training
+from vision_ssm.engine.predict import Predictor, class_names, image_files
+
+TOOLS = ("train", "test", "predict", "list_models")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """Work dir of a run of ``train``; its config is ``small.py``, with the data folder given on the command line."""
+    folder = tmp_path_factory.mktemp("trained")
+    small_config(Path("no/such/folder"), folder, epochs=2).dump(folder / "small.py")
+    arguments = [folder / "small.py", "--work-dir", folder, "--data-root", data, "--seed", 3, "--amp"]
+    assert commands.train([*map(str, arguments), "--cfg-options", "optim_wrapper.optimizer.lr=0.003"]) == 0
+    return folder
+
+
+def fails(capsys, command, *arguments) -> str:
+    """What `command` prints to standard error on its way out."""
+    with pytest.raises(SystemExit) as stop:
+        command([str(argument) for argument in arguments])
+    assert stop.value.code != 0
+    return capsys.readouterr().err
+
+
+def test_train_applies_its_flags(trained):
+    state = read_training(trained / "epoch_2.pth")
+    assert state["meta"]["iter"] == 2 * ITERATIONS and state["meta"]["seed"] == 3
+    assert state["meta"]["fingerprint"]["optim_wrapper.precision"] == "'bf16'"
+    assert state["history"]["iterations"][:, 2].max() == pytest.approx(0.003)
+
+
+def test_resume_flag_continues_with_more_epochs_only_when_told(trained, data, tmp_path, capsys):
+    (tmp_path / "epoch_2.pth").write_bytes((trained / "epoch_2.pth").read_bytes())
+    arguments = [trained / "small.py", "--work-dir", tmp_path, "--data-root", data, "--seed", 3, "--amp", "--resume"]
+    longer = ["--cfg-options", "optim_wrapper.optimizer.lr=0.003", "train_cfg.max_epochs=3"]
+    message = fails(capsys, commands.train, *arguments, *longer)
+    assert "train_cfg.max_epochs: checkpoint 2, config 3" in message and "Traceback" not in message
+    assert commands.train([*map(str, arguments), "--resume-anyway", *longer]) == 0
+    assert read_training(tmp_path / "epoch_3.pth")["meta"]["iter"] == 3 * ITERATIONS
+
+
+def test_test_reports_and_writes(trained, data, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    assert commands.test(
+        [str(trained / "small.py"), str(trained / "best_top1.pth"), "--data-root", str(data),
+         "--work-dir", str(tmp_path), "--out", str(out)]
+    ) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) == VAL_PER_CLASS * len(CLASSES) and {row["label"] for row in rows} == set(CLASSES)
+    accuracy = 100 * sum(int(row["correct"]) for row in rows) / len(rows)
+    assert re.search(rf"top1\s*│\s*{accuracy:.2f}", printed) and "most taken for" in printed
+    best = read_training(trained / "best_top1.pth")["meta"]["value"]
+    assert accuracy == pytest.approx(best, abs=100 / len(rows) + 1e-6)  # validated in float32 as well
+    assert {"per_class.csv", "confusion_matrix.png", "predictions.png"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_predict_one_image_and_a_folder(trained, data, tmp_path, capsys):
+    picture = tmp_path / "one.png"
+    image = data / "val" / "rows" / "00.png"
+    arguments = [str(trained / "small.py"), str(trained / "best_top1.pth")]
+    assert commands.predict([*arguments, str(image), "--out", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    chances = [float(number) for number in re.findall(r"([\d.]+) %", printed)]
+    assert len(chances) == 3 and sum(chances) == pytest.approx(100, abs=0.1) and chances == sorted(chances)[::-1]
+    assert Image.open(picture).width > 400
+
+    (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])
+    assert commands.predict([*arguments, str(data / "val"), str(tmp_path / "broken.png"), "--out", str(picture)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count(".png") == VAL_PER_CLASS * len(CLASSES) + 1  # a row each, and the picture
+    assert "broken.png" in captured.err and "left out" in captured.err
+
+
+def test_predict_agrees_with_test(trained, data):
+    """Config and checkpoint give the same answers as name and weight file: the transform is the only difference."""
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(str(trained / "small.py"))
+    files = image_files([data / "val"])
+    assert len(files) == VAL_PER_CLASS * len(CLASSES)
+    predictor = Predictor.from_config(cfg, trained / "best_top1.pth")
+    assert predictor.classes == CLASSES
+    found = predictor(files, top=1)
+    truth = {str(file): file.parent.name for file in files}
+    accuracy = 100 * sum(found[file][0][0] == truth[file] for file in truth) / len(truth)
+    assert accuracy == pytest.approx(read_training(trained / "best_top1.pth")["meta"]["value"], abs=1e-3)
+
+
+def test_predict_by_name_and_weight_file(tmp_path, data, capsys):
+    file = tmp_path / "weights.pth"
+    torch.save({"model": create_model("vmamba_micro", num_classes=4, in_chans=1).state_dict()}, file)
+    predictor = Predictor.from_weights("vmamba_micro", file)
+    assert predictor.classes == ("class 0", "class 1", "class 2", "class 3") and predictor.channels == 1
+    picture = tmp_path / "picture.png"
+    arguments = ["--model", "vmamba_micro", "--weights", file, "--out", picture, "--top", 2]
+    assert commands.predict([str(a) for a in (data / "val" / "rows" / "00.png", *arguments)]) == 0
+    assert len(re.findall(r"class \d", capsys.readouterr().out)) == 2 and picture.exists()
+
+
+def test_class_names_of_imagenet():
+    names = class_names({}, 1000)
+    assert names[0] == "tench" and names[207] == "golden retriever" and len(names) == 1000
+
+
+def test_list_models(capsys):
+    assert commands.list_models_command(["vmamba_tiny_*"]) == 0
+    printed = capsys.readouterr().out
+    for name in list_models("vmamba_tiny_*"):
+        assert name in printed
+    assert "30,249,064" in printed and "82.6" in printed and "vmamba_micro" not in printed
+    assert commands.list_models_command(["vnamba*"]) == 1
+    assert "no model matches 'vnamba*'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_shows_examples(tool, capsys):
+    command = commands.list_models_command if tool == "list_models" else getattr(commands, tool)
+    with pytest.raises(SystemExit) as stop:
+        command(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "examples:" in printed and f"  {tool}.py" in printed
+
+
+def test_scripts_run_the_commands():
+    process = run_python(ROOT / "tools" / "list_models.py", "vmamba_micro")
+    assert process.returncode == 0 and "vmamba_micro" in process.stdout, process.stderr
+    for tool in TOOLS:
+        text = (ROOT / "tools" / f"{tool}.py").read_text()
+        assert "vision_ssm.engine.commands" in text and len(text.splitlines()) <= 12
+
+
+def test_missing_config_suggests(capsys):
+    message = fails(capsys, commands.train, QUICKSTART.with_name("quikstart_digit.py"))
+    assert "quikstart_digit.py does not exist. Did you mean" in message and "quickstart_digits.py" in message
+    assert "Traceback" not in message
+
+
+def test_unknown_option_and_folder(capsys, tmp_path):
+    wrong = ["--cfg-options", "optim_wrapper.optimizer.lrr=1"]
+    message = fails(capsys, commands.train, QUICKSTART, "--work-dir", tmp_path, *wrong)
+    assert "optim_wrapper.optimizer has no key 'lrr'. Did you mean 'lr'" in message
+    message = fails(capsys, commands.train, QUICKSTART, "--work-dir", tmp_path, "--data-root", tmp_path / "nothing")
+    assert "nothing is not a folder" in message
+    (tmp_path / "empty").mkdir()
+    message = fails(capsys, commands.train, QUICKSTART, "--work-dir", tmp_path, "--data-root", tmp_path / "empty")
+    assert "empty" in message and "train" in message and "Traceback" not in message
+
+
+def test_unwritable_work_dir_is_the_first_thing_said(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for command, more in ((commands.train, []), (commands.test, [tmp_path / "file"])):
+        wrong = ["--work-dir", tmp_path / "file" / "below", "--cfg-options", "no_such_key=1"]
+        message = fails(capsys, command, QUICKSTART, *more, *wrong)
+        assert re.search(
+            r"work dir .*below is not writable \(Not a directory\); choose another with --work-dir", message
+        )
+
+
+def test_missing_checkpoints(capsys, trained, tmp_path, data):
+    message = fails(
+        capsys, commands.train, trained / "small.py", "--work-dir", tmp_path, "--resume", trained / "epoch_9.pth"
+    )
+    assert "epoch_9.pth: there is no such checkpoint. Did you mean" in message and "epoch_2.pth" in message
+    message = fails(capsys, commands.test, trained / "small.py", trained / "best_top2.pth")
+    assert "there is no checkpoint" in message and "best_top1.pth" in message
+    message = fails(capsys, commands.predict, trained / "small.py", trained / "none.pth", data / "val")
+    assert "none.pth" in message
+
+
+def test_wrong_predictions(capsys, trained, tmp_path, data):
+    checkpoint = trained / "best_top1.pth"
+    assert "neither an image nor a folder" in fails(
+        capsys, commands.predict, trained / "small.py", checkpoint, "nowhere"
+    )
+    message = fails(capsys, commands.predict, trained / "small.py", checkpoint, tmp_path)
+    assert "no image in" in message and ".png" in message
+    assert "belong together" in fails(capsys, commands.predict, "x.png", "--model", "vmamba_micro")
+    assert "expected CONFIG CHECKPOINT IMAGES" in fails(capsys, commands.predict, "x.png")
+    message = fails(capsys, commands.predict, data / "val", "--model", "vmamba_mirco", "--weights", checkpoint)
+    assert "Did you mean 'vmamba_micro'" in message
+
+
+def test_fp16_without_a_gpu_says_what_to_use(capsys, tmp_path, data):
+    small_config(data, tmp_path).dump(tmp_path / "small.py")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    message = fails(capsys, commands.train, tmp_path / "small.py", "--amp", "fp16", "--work-dir", tmp_path)
+    assert "precision 'fp16' needs a GPU; on the CPU use 'bf16' (--amp bf16)" in message
