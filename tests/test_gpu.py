@@ -50,7 +50,7 @@ def _close(ours, twin, inputs):
         results.append({"output": output.detach(), **{key: value.grad for key, value in leaves.items()}})
     for key, want in results[1].items():
         have = results[0][key].cpu().double()
-        assert (have - want).norm() / want.norm() < 1e-5, key
+        assert (have - want).norm() <= 1e-5 * want.norm(), key  # of a single step, the decay has no gradient at all
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 9), (32, 31)])

@@ -219,7 +219,6 @@ class Backbone(nn.Module):
             self.norm = get_norm(norm, dims[-1])
             self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
         self.apply(self._init_weights)
-        self.to(memory_format=torch.channels_last)  # or every convolution would convert its weight at every call
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:

@@ -27,6 +27,7 @@ _LOG2_E = math.log2(math.e)
 # Most elements of one buffer. Fewer cost more calls, more fall out of the caches and cost more fresh memory.
 FORWARD_ELEMENTS = 1 << 21
 BACKWARD_ELEMENTS = 1 << 21
+_ONE_CHUNK = 64  # steps up to which the carry over chunks costs more than it saves
 _SOFTPLUS_LINEAR = 20.0  # softplus(v) is v above this, as in torch
 
 
@@ -45,8 +46,8 @@ class Layout:
 
     @classmethod
     def choose(cls, length: int, segments: int = 1) -> "Layout":
-        """Chunks of about sqrt(length) steps: few operations, and no padding for square maps."""
-        return cls(length, segments, math.ceil(math.sqrt(length)))
+        """One chunk for short sequences, else about sqrt(length) steps: few operations, no padding for square maps."""
+        return cls(length, segments, length if length <= _ONE_CHUNK else math.ceil(math.sqrt(length)))
 
     @property
     def chunks(self) -> int:
@@ -98,6 +99,11 @@ def _carry(starts: Sequence[Tensor], ends: Sequence[Tensor], decays: Sequence[Te
 def _per_state(rows: Tensor, block: slice) -> Tensor:
     """(B, K, S, M, N) -> (n, B, K, S, M, 1): the states of a block outermost."""
     return rows[..., block].movedim(-1, 0).unsqueeze(-1)
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """(..., B, K, S, M, D) -> (..., K, D); in two steps, which is many times faster than in one."""
+    return rows.flatten(-3, -2).sum(-2).sum(-3)
 
 
 class RowScan:
@@ -209,7 +215,7 @@ class RowScan:
             torch.mul(grad_y, _per_state(self.C, block), out=grad)
             self.run_adjoint(grad, decay, total, None if grad_last is None else grad_last[block])
             exponent = decay.mul_(before).mul_(grad)  # gradient of delta * A
-            grads["A"][block] = torch.mul(exponent, delta, out=after).sum((1, 3, 4))
+            grads["A"][block] = sum_rows(torch.mul(exponent, delta, out=after))
             grads["B"][..., block] = torch.mul(grad, entering, out=after).sum(-1).movedim(0, -1)
             for i, weight in enumerate(_per_state(self.B, block)):
                 if block.start + i == 0:
@@ -222,7 +228,7 @@ class RowScan:
         grads["delta"] = grad_delta.addcmul_(grad_entering, x)
         grads["x"] = grad_entering.mul_(delta)
         if self.D is not None:
-            grads["D"] = torch.mul(grad_y, x, out=scratch("grad", x.shape, x)).sum((0, 2, 3))
+            grads["D"] = sum_rows(torch.mul(grad_y, x, out=scratch("grad", x.shape, x)))
             grads["x"].addcmul_(grad_y, self.D)
         return grads
 

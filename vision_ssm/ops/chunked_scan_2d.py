@@ -20,6 +20,7 @@ from .chunked import (
     cut_blocks,
     softplus_,
     softplus_backward_,
+    sum_rows,
     work_dtype,
 )
 from .workspace import scratch
@@ -146,15 +147,15 @@ class _Routes:
             index = self.plans(routes)[0].pointwise
             delta = self.rows(name, self.delta[images, :, routes, channels], index)
             return delta if bias is None else delta.add_(bias.unsqueeze(1))
-        low_rank = self.low_rank(images, routes)
-        weight = self.dt_weight[routes, channels].mT  # (k, R, d)
-        delta = scratch(name, (*low_rank.shape[:3], weight.shape[2]), low_rank)
-        for source, target in zip(low_rank, delta):
-            if bias is None:
-                torch.bmm(source, weight, out=target)
-            else:
-                torch.baddbmm(bias, source, weight, out=target)
-        return delta.unflatten(2, (self.layout.steps, self.layout.columns))
+        low_rank = self.low_rank(images, routes).flatten(0, 1)  # (b * k, S * M, R)
+        count = low_rank.shape[0] // self.A[routes].shape[0]
+        weight = self.dt_weight[routes, channels].mT.repeat(count, 1, 1)  # (b * k, R, d)
+        delta = scratch(name, (*low_rank.shape[:2], weight.shape[2]), low_rank)
+        if bias is None:
+            torch.bmm(low_rank, weight, out=delta)
+        else:
+            torch.baddbmm(bias.repeat(count, 1, 1), low_rank, weight, out=delta)
+        return delta.view(count, -1, self.layout.steps, self.layout.columns, weight.shape[2])
 
     def scan(self, images: slice, routes: slice, channels: slice) -> RowScan:
         read = self.plans(routes)[0]
@@ -210,7 +211,7 @@ def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
         if scan.D is not None:
             grads["D"][routes, channels] += part["D"]
         if scan.dt_bias is not None:
-            grads["dt_bias"][routes, channels] += part["delta"].sum((0, 2, 3))
+            grads["dt_bias"][routes, channels] += sum_rows(part["delta"])
         if scan.dt_weight is not None:
             # Narrow products, each in the order that is fast.
             delta, weight = part["delta"].flatten(2, 3), scan.dt_weight[routes, channels]  # (b, k, S * M, d), (k, d, R)

@@ -17,6 +17,7 @@ from .chunked import (
     cut_blocks,
     softplus_,
     softplus_backward_,
+    sum_rows,
     work_dtype,
 )
 from .workspace import scratch
@@ -150,7 +151,7 @@ def backward(
         if D is not None:
             grads["D"][groups, channels] += part["D"]
         if delta_bias is not None:
-            grads["delta_bias"][groups, channels] += part["delta"].sum((0, 2, 3))
+            grads["delta_bias"][groups, channels] += sum_rows(part["delta"])
     for name in ("u", "delta"):
         grads[name] = grads[name].flatten(1, 2)
     for name in given.keys() & {"A", "D", "delta_bias"} & grads.keys():
