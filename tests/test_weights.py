@@ -238,7 +238,10 @@ def test_another_number_of_classes(official, tmp_path):
     report = load_state_dict(model, official, reset_head=True)
     assert report.complete and torch.equal(model.head.weight, fresh)
     assert report.ignored == {"classifier of another size, re-initialised": ["head.weight", "head.bias"]}
-    again = small(num_classes=5, pretrained=save(tmp_path, official))
+    file = save(tmp_path, official)
+    with pytest.raises(CheckpointError, match="pass reset_head=True"):
+        small(num_classes=5, pretrained=file)
+    again = small(num_classes=5, pretrained=file, reset_head=True)
     torch.testing.assert_close(again.stem.conv1.weight, official["patch_embed.0.weight"])
 
 

@@ -49,6 +49,7 @@ def create_model(
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
     pretrained: str | os.PathLike | None = None,
+    reset_head: bool = False,
     **overrides: Any,
 ) -> Backbone:
     """Build a backbone by the name of its variant.
@@ -58,13 +59,14 @@ def create_model(
         num_classes: outputs of the classifier; 0 for none.
         features_only: build the dense backbone, which returns one (B, C, H', W') map per stage, finest first.
         out_indices: stages of a `features_only` model; all by default.
-        pretrained: file with official weights or weights of ours, for `load_weights`. A classifier of another size
-            is re-initialised.
+        pretrained: file with official weights or weights of ours, for `load_weights`.
+        reset_head: start the classifier anew if the file's has another number of classes; otherwise that is an error.
         **overrides: any keyword of the family, such as `in_chans`, `drop_path_rate` or `scan` (a strategy's name, a
             dict with ``type``, or options that replace some of the variant's own).
 
     Raises:
         KeyError: unknown name. TypeError: unknown keyword. Both say what is known.
+        FileNotFoundError, CheckpointError: `pretrained` cannot be read or does not fit.
     """
     cls = find_family(name)
     valid = _keywords(cls)
@@ -79,7 +81,7 @@ def create_model(
         advice = f"download {origin} and pass its path" if origin else "no official weights are published for it"
         raise ValueError(f"pretrained takes a file: {advice} (model {name})")
     if pretrained:
-        load_weights(model, pretrained, reset_head=True)
+        load_weights(model, pretrained, reset_head=reset_head)
     return model
 
 

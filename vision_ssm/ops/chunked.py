@@ -25,8 +25,7 @@ from .workspace import scratch
 
 _LOG2_E = math.log2(math.e)
 # Most elements of one buffer. Fewer cost more calls, more fall out of the caches and cost more fresh memory.
-FORWARD_ELEMENTS = 1 << 21
-BACKWARD_ELEMENTS = 1 << 21
+BLOCK_ELEMENTS = 1 << 21
 _ONE_CHUNK = 64  # steps up to which the carry over chunks costs more than it saves
 _SOFTPLUS_LINEAR = 20.0  # softplus(v) is v above this, as in torch
 
@@ -122,9 +121,10 @@ class RowScan:
         """Sum of the step sizes of each chunk, (B, K, M, D)."""
         return self.delta.sum(2)
 
-    def statecut_blocks(self, elements: int) -> Iterator[slice]:
+    def state_blocks(self) -> Iterator[slice]:
+        """Slices of the N states."""
         count = self.A.shape[0]
-        size = max(1, elements // max(1, self.x.numel()))
+        size = max(1, BLOCK_ELEMENTS // self.x.numel())
         for first in range(0, count, size):
             yield slice(first, min(first + size, count))
 
@@ -137,7 +137,7 @@ class RowScan:
         """Decay of each step, (n, B, K, S, M, D)."""
         return torch.mul(self.delta[None], self.A[block] * _LOG2_E, out=out).exp2_()
 
-    def run(self, block: slice, values: Tensor, decay: Tensor, total: Tensor | None, start: Tensor) -> None:
+    def run(self, values: Tensor, decay: Tensor, total: Tensor | None, start: Tensor) -> None:
         """Turn the inputs of every step, `values` (n, B, K, S, M, D), into states; `start` becomes the start states."""
         steps, decays = values.unbind(3), decay.unbind(3)
         starts = self.layout.carries(start)
@@ -176,7 +176,7 @@ class RowScan:
             self.delta_sum  # before delta is overwritten
         entering = x.mul_(delta)
         last = []
-        for block in self.statecut_blocks(FORWARD_ELEMENTS):
+        for block in self.state_blocks():
             count = block.stop - block.start
             total = self.total_decay(block) if chunked else None
             if count == 1 and block.stop == self.A.shape[0]:  # the last state may use up its inputs
@@ -185,7 +185,7 @@ class RowScan:
                 decay, states = (scratch(name, (count, *x.shape), x) for name in ("decay", "states"))
             self.decay(block, out=decay)
             torch.mul(entering[None], _per_state(self.B, block), out=states)
-            self.run(block, states, decay, total, torch.empty_like(states.select(3, 0)))
+            self.run(states, decay, total, torch.empty_like(states.select(3, 0)))
             for state, weight in zip(states, _per_state(self.C, block)):
                 y.addcmul_(state, weight)
             last.append(self.layout.carries(states.select(3, -1))[-1].clone())
@@ -201,7 +201,7 @@ class RowScan:
         grad_entering, grad_delta = (scratch(name, x.shape, x) for name in ("grad_entering", "grad_delta"))
         grads = {"A": torch.empty_like(self.A[:, 0, :, 0, 0]), "B": torch.empty_like(self.B)}
         grads["C"] = torch.empty_like(self.C)
-        for block in self.statecut_blocks(BACKWARD_ELEMENTS):
+        for block in self.state_blocks():
             count = block.stop - block.start
             total = self.total_decay(block) if self.layout.chunks > 1 else None
             decay = self.decay(block, out=scratch("decay", (count, *x.shape), x))
@@ -209,7 +209,7 @@ class RowScan:
             states = scratch("states", shape, x)
             before, after = states[:, :, :, :-1], states[:, :, :, 1:]
             torch.mul(entering, _per_state(self.B, block), out=after)
-            self.run(block, after, decay, total, states.select(3, 0))
+            self.run(after, decay, total, states.select(3, 0))
             grad = torch.mul(after, grad_y, out=scratch("grad", decay.shape, x))
             grads["C"][..., block] = grad.sum(-1).movedim(0, -1)
             torch.mul(grad_y, _per_state(self.C, block), out=grad)
@@ -245,11 +245,11 @@ def softplus_backward_(grad: Tensor, values: Tensor) -> Tensor:
     return torch.ops.aten.softplus_backward(grad, values, 1.0, _SOFTPLUS_LINEAR, grad_input=grad)
 
 
-def cut_blocks(batch: int, groups: int, dim: int, rows: int, elements: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of images, groups and channels with at most about `elements` elements each; channels innermost."""
-    width = min(dim, max(1, elements // rows))
-    count = min(groups, max(1, elements // (rows * width)))
-    images = min(batch, max(1, elements // (rows * width * count)))
+def cut_blocks(batch: int, groups: int, dim: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of images, groups and channels of about BLOCK_ELEMENTS elements; groups outermost, channels innermost."""
+    width = min(dim, max(1, BLOCK_ELEMENTS // rows))
+    count = min(groups, max(1, BLOCK_ELEMENTS // (rows * width)))
+    images = max(1, BLOCK_ELEMENTS // (rows * width * count))
     for group in range(0, groups, count):
         for image in range(0, batch, images):
             for channel in range(0, dim, width):

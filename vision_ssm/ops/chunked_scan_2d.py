@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .chunked import (
-    BACKWARD_ELEMENTS,
-    FORWARD_ELEMENTS,
     Layout,
     RowScan,
     cut_blocks,
@@ -120,8 +118,8 @@ class _Routes:
         )
         self.read, self.write, self.delta_softplus = read, read if write is None else write, delta_softplus
 
-    def blocks(self, elements: int) -> Iterator[tuple[slice, slice, slice]]:
-        return cut_blocks(self.x.shape[0], self.read.shape[0], self.x.shape[2], self.layout.rows, elements)
+    def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
+        return cut_blocks(self.x.shape[0], self.read.shape[0], self.x.shape[2], self.layout.rows)
 
     def plans(self, routes: slice) -> tuple[_Plan, _Plan]:
         """Plans of reading and of writing."""
@@ -178,7 +176,7 @@ def forward(x: Tensor, *inputs: Any) -> Tensor:
     """Arguments of `_Routes`. Returns (B, L, D), float32 (float64 for float64 x)."""
     scan = _Routes(x, *inputs)
     out = scan.x.new_empty(x.shape)
-    for images, routes, channels in scan.blocks(FORWARD_ELEMENTS):
+    for images, routes, channels in scan.blocks():
         y = scan.scan(images, routes, channels).forward()[0]
         _collect(out[images, :, channels], scan.plans(routes)[1].merged.sum(y), routes.start == 0)
     return out
@@ -199,7 +197,7 @@ def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
     grads = {name: torch.zeros_like(value) for name, value in given.items() if value is not None}
     for name in ("x", "delta", "B", "C"):
         grads[name] = torch.empty_like(getattr(scan, name), memory_format=torch.contiguous_format)
-    for images, routes, channels in scan.blocks(BACKWARD_ELEMENTS):
+    for images, routes, channels in scan.blocks():
         read, write = scan.plans(routes)
         grad_y = scan.rows("grad_y", grad_out[images, :, channels], write.positions)
         scan.layout.zero_padding(grad_y)

@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import (
-    BACKWARD_ELEMENTS,
-    FORWARD_ELEMENTS,
     Layout,
     RowScan,
     cut_blocks,
@@ -48,9 +46,9 @@ class _Sequences:
     def parameter(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else values.to(self.work).unflatten(0, (self.groups, -1))  # (g, d, ...)
 
-    def blocks(self, elements: int) -> Iterator[tuple[slice, slice, slice]]:
+    def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
         batch, groups, dim, _ = self.u.shape
-        return cut_blocks(batch, groups, dim, self.layout.rows, elements)
+        return cut_blocks(batch, groups, dim, self.layout.rows)
 
     def to_rows(self, name: str, values: Tensor) -> Tensor:
         """(b, g, d, L) -> (b, g, S, M, d), padded with zeros, in scratch memory of that name."""
@@ -107,7 +105,7 @@ def forward(
     sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
     out = torch.empty_like(sequences.u, dtype=sequences.work, memory_format=torch.contiguous_format)
     last = out.new_empty(*out.shape[:3], A.shape[1])  # (b, g, d, N)
-    for block in sequences.blocks(FORWARD_ELEMENTS):
+    for block in sequences.blocks():
         y, states = sequences.scan(*block).forward()
         out[block] = sequences.from_rows(y)
         last[block] = states.squeeze(3).permute(1, 2, 3, 0)
@@ -136,7 +134,7 @@ def backward(
         for name, value in given.items()
         if value is not None
     }
-    for block in sequences.blocks(BACKWARD_ELEMENTS):
+    for block in sequences.blocks():
         images, groups, channels = block
         last = grad_last[block].to(sequences.work).permute(3, 0, 1, 2).unsqueeze(3)  # (N, b, g, 1, d)
         part = sequences.scan(*block).backward(sequences.to_rows("grad_y", grad_y[block]), last)

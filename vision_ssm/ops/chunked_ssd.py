@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import chunked
 from .chunked import softplus_, softplus_backward_, work_dtype
-
-_BLOCK_ELEMENTS = 1 << 21  # of the largest intermediate: one q x q matrix for every head and chunk
 
 
 class _Heads:
@@ -87,7 +86,7 @@ class _Heads:
     def blocks(self) -> Iterator[tuple[slice, ...]]:
         """Slices of images and chunks."""
         batch, chunks, groups, steps, heads, _ = self.x.shape
-        count = max(1, _BLOCK_ELEMENTS // (groups * heads * steps * steps))
+        count = max(1, chunked.BLOCK_ELEMENTS // (groups * heads * steps * steps))
         images = max(1, count // chunks)
         for image in range(0, batch, images):
             for chunk in range(0, chunks, count):
