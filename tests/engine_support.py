@@ -50,7 +50,7 @@ def small_config(data: Path, work_dir: Path, epochs: int = 2) -> Config:
         mixup=dict(mixup_alpha=0.2, cutmix_alpha=1.0, label_smoothing=0.1),
     )
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-        loader.batch_size = BATCH
+        loader.update(batch_size=BATCH, num_workers=0, persistent_workers=False)
         loader.dataset.root = str(data)
     cfg.train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=1)
     cfg.param_scheduler = [

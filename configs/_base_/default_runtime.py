@@ -10,6 +10,7 @@ default_hooks = dict(
 )
 env_cfg = dict(
     cudnn_benchmark=True,
+    cpu_threads=None,
     mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
     dist_cfg=dict(backend="nccl"),
 )

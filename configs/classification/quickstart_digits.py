@@ -7,3 +7,5 @@ _base_ = [
     "../_base_/schedules/short_adamw.py",
 ]
 model = dict(backbone=dict(name="vmamba_micro", in_chans=1), num_classes=10)
+# One core computes, the other prepares the images: operations this small gain nothing from a second thread.
+env_cfg = dict(cpu_threads=1)

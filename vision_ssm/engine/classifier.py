@@ -27,7 +27,7 @@ def build_loss(loss: dict) -> nn.Module:
     name = keywords.pop("type", None)
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}.{suggest(str(name), LOSSES)}")
-    check_keywords(LOSSES[name].__init__, keywords, f"loss {name}")
+    check_keywords(LOSSES[name], keywords, f"loss {name}")
     return LOSSES[name](**keywords)
 
 
@@ -47,7 +47,7 @@ class ImageBatch(BaseDataPreprocessor):
         self.num_classes = num_classes
         self.mixup = None
         if mixup is not None:
-            check_keywords(Mixup.__init__, set(mixup), "mixup")
+            check_keywords(Mixup, set(mixup), "mixup")
             self.mixup = Mixup(num_classes=num_classes, **mixup)
 
     def forward(self, data: dict, training: bool = False) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class ImageClassifier(BaseModel):
 
         Args:
             image: (B, C, H, W).
-            label: class indices (B,), or soft targets (B, num_classes) for mode ``loss``.
-            path: B file names.
+            label: class indices (B,), or soft targets (B, num_classes) for mode ``loss``; not used in mode ``tensor``.
+            path: B file names, for mode ``predict``.
             mode: ``tensor``, ``loss`` or ``predict``.
 
         Returns:
@@ -141,12 +141,14 @@ class ImageClassifier(BaseModel):
         logits = self.backbone(image)
         if mode == "tensor":
             return logits
+        if label is None:
+            raise ValueError(f"mode {mode!r} needs the labels of the images; mode 'tensor' gives logits without them")
         logits = logits.float()
         if mode == "loss":
             hard = label if label.ndim == 1 else label.argmax(1)
             top1 = (logits.detach().argmax(1) == hard).float().mean() * 100
             return {"loss": self.loss(logits, label), "top1": top1}
         if mode == "predict":
-            rows = zip(logits, label.tolist(), path, strict=True)
+            rows = zip(logits, label.tolist(), path or [""] * len(logits), strict=True)
             return [dict(logits=row, label=truth, path=file) for row, truth, file in rows]
         raise ValueError(f"unknown mode {mode!r}.{suggest(mode, ('tensor', 'loss', 'predict'))}")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_ssm.factory import create_model, find_family, list_models
-from vision_ssm.registry import suggest
+from vision_ssm.registry import SCANS, suggest
 from vision_ssm.weights import CheckpointError, load_weights
 
 from . import figures
@@ -214,7 +214,8 @@ def predict(argv: Sequence[str] | None = None) -> int:
     console = _console()
     if len(results) == 1:
         ((file, top),) = results.items()
-        table = Table("class", "probability", title=file)
+        console.print(file, highlight=False, soft_wrap=True)
+        table = Table("class", "probability")
         for name, value in top:
             table.add_row(name, f"{100 * value:.2f} %")
     else:
@@ -225,6 +226,16 @@ def predict(argv: Sequence[str] | None = None) -> int:
     drawn = f" (the first {MOST_DRAWN} of {len(results)} images)" if len(results) > MOST_DRAWN else ""
     console.print(f"Picture{drawn}: {args.out}", soft_wrap=True)
     return 0
+
+
+def describe_scan(mixer: torch.nn.Module) -> str:
+    """Name of a token mixer in the registry of scans, with its core and routes where it has them."""
+    name = next((key for key, cls in SCANS.module_dict.items() if cls is type(mixer)), type(mixer).__name__)
+    core = getattr(mixer, "core", None)
+    details = [type(core).__name__.removesuffix("Core").lower()] if core is not None else []
+    details += [f"{core.routes.num_routes} routes"] if hasattr(core, "routes") else []
+    details += [f"{core.state_dim} states"] if hasattr(core, "state_dim") else []
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def list_models_command(argv: Sequence[str] | None = None) -> int:
@@ -249,7 +260,7 @@ def list_models_command(argv: Sequence[str] | None = None) -> int:
             model = create_model(name, num_classes=args.num_classes)
         count = sum(parameter.numel() for parameter in model.parameters())
         mixers = [module.mixer for module in model.modules() if getattr(module, "mixer", None) is not None]
-        scans = sorted({type(mixer).__name__ for mixer in mixers})
+        scans = sorted({describe_scan(mixer) for mixer in mixers})
         reported = model.pretrained_cfg.get("top1_reported")
         widths = "-".join(str(stage["num_chs"]) for stage in model.feature_info)
         table.add_row(name, family.family, f"{count:,}", widths, ", ".join(scans), str(reported or "-"))

@@ -96,13 +96,12 @@ def check_option(cfg: Config, key: str) -> None:
         if depth and parts[depth - 1] in SELF_CHECKED:
             return
         if depth == 0:
-            allowed: set[str] | None = set(inspect.signature(Runner.__init__).parameters) - {"self", "cfg"}
-            allowed |= set(TOP_LEVEL)
+            allowed: set[str] | None = {*inspect.signature(Runner).parameters, *TOP_LEVEL} - {"cfg"}
         else:
             target = OWNERS.get(where) or _resolve(node.get("type"))
             allowed = set() if target is None else _keywords(target)
             if allowed is not None and where == "optim_wrapper":
-                allowed |= {"constructor", "paramwise_cfg"}
+                allowed = allowed | {"constructor", "paramwise_cfg"}
         if allowed is None or part in allowed:
             return
         known = set(node) | allowed

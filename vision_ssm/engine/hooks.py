@@ -64,9 +64,7 @@ class CheckpointHook(Hook):
         self.greater = greater
         self._due = False
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         done = runner.iter + 1
         self._due = self._due or (self.every_iterations is not None and done % self.every_iterations == 0)
         epoch_ends = batch_idx + 1 == len(runner.train_dataloader)
@@ -130,9 +128,7 @@ class RecordHook(Hook):
         self.validation: list[dict[str, float]] = []
         self._drawn = time.monotonic()
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         rates = runner.optim_wrapper.get_lr()
         lr = rates.get("base_lr", rates["lr"])[0]
         values = torch.stack([outputs["loss"].detach().float(), _scalar_like(outputs)])
@@ -162,7 +158,8 @@ class RecordHook(Hook):
     def curves(self) -> figures.Curves:
         """The record as arrays."""
         table = np.asarray(self.iterations, dtype=np.float64).reshape(-1, len(self.COLUMNS))
-        return figures.Curves(*table.T, validation=self.validation)
+        epochs, loss, lr, top1 = table.T
+        return figures.Curves(epochs, loss, lr, top1, self.validation)
 
     def epochs(self) -> list[dict[str, float]]:
         """One row per epoch: means of the training iterations, then the metrics of its validation."""
@@ -290,9 +287,7 @@ class ProgressHook(Hook):
         self._times.clear()
         self._describe(f"epoch {runner.epoch + 1}/{runner.max_epochs}")
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
-    ) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._times.append((time.perf_counter(), len(data_batch["image"]) * runner.world_size))
         images = sum(count for _, count in list(self._times)[1:])
         seconds = self._times[-1][0] - self._times[0][0]
@@ -374,9 +369,7 @@ def _largest(value: Any) -> str:
     return ", ".join(f"{tuple(t.shape)} up to {t.detach().abs().max():.3g}" for t in _tensors(value)) or "none"
 
 
-def find_non_finite(
-    model: nn.Module, data: dict, context: Callable[[], AbstractContextManager] = torch.enable_grad
-) -> str:
+def find_non_finite(model: Any, data: dict, context: Callable[[], AbstractContextManager] = torch.enable_grad) -> str:
     """Where in one training iteration of `model` the first NaN or infinity appears.
 
     Args:

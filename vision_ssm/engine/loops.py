@@ -12,6 +12,8 @@ from .checkpoint import preserved_rng, set_rng_state
 
 def remaining_batches(loader: DataLoader, start: int) -> DataLoader:
     """A loader over the batches of this epoch from number `start` on; what comes before is not read from disk."""
+    if loader.batch_sampler is None:
+        raise ValueError("a loader without batches (batch_size=None) cannot be entered in mid-epoch")
     workers = loader.num_workers
     return DataLoader(
         loader.dataset,

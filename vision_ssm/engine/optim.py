@@ -1,7 +1,6 @@
 """Optimizers of the training room: parameter groups that follow the model, and one wrapper for every precision."""
 
 import fnmatch
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -66,7 +65,8 @@ def parameter_groups(
             or `layer_decay` for a model without ``group_matcher``.
     """
     decay, no_decay = list(decay), list(no_decay)
-    backbone = getattr(model, "backbone", None)
+    backbone: Any = getattr(model, "backbone", None)
+    source: Any
     prefix, source = ("backbone.", backbone) if hasattr(backbone, "no_weight_decay") else ("", model)
     exempt = set(source.no_weight_decay()) if hasattr(source, "no_weight_decay") else set()
 
@@ -136,7 +136,7 @@ def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
         return found
     if name in timm.optim.list_optimizers():
         return timm.optim.get_optimizer_class(name)
-    choices = set(OPTIMIZERS.module_dict) | set(timm.optim.list_optimizers())
+    choices = {*OPTIMIZERS.module_dict, *map(str, timm.optim.list_optimizers())}
     raise ValueError(f"unknown optimizer {name!r}.{suggest(name, choices)}")
 
 
@@ -157,16 +157,15 @@ class ParameterGroups:
             raise ValueError("optim_wrapper.optimizer needs a learning rate: lr=...")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        if is_model_wrapper(model):
-            model = model.module
+        bare: Any = model.module if is_model_wrapper(model) else model
         keywords = dict(self.optimizer_cfg)
         build = optimizer_class(keywords.pop("type"))
-        groups = parameter_groups(model, keywords["lr"], keywords.get("weight_decay", 0.0), **self.options)
+        groups = parameter_groups(bare, keywords["lr"], keywords.get("weight_decay", 0.0), **self.options)
         print_log(f"Parameter groups:\n{groups_table(groups)}", logger="current", level=logging.INFO)
         for group in groups:
             del group["param_names"]
-        if not inspect.isclass(build):  # timm binds defaults with functools.partial
-            check_keywords(build.func, keywords, "optimizer")
+        # timm binds defaults with functools.partial
+        check_keywords(getattr(build, "func", build), keywords, f"optimizer {self.optimizer_cfg['type']!r}")
         cfg = {"type": "vision_ssm.MixedPrecisionOptimWrapper", **self.wrapper_cfg}
         return OPTIM_WRAPPERS.build(cfg, default_args={"optimizer": build(groups, **keywords)})
 
@@ -240,10 +239,10 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             self.scaler.unscale_(self.optimizer)
         norm = self._clip_grad() if self.clip_grad_kwargs else None
         if self.scaler is None:
-            if self.guards and norm is None:
-                norm = torch.nn.utils.get_total_norm(self._gradients())
-            for guard in self.guards:
-                guard("gradient", norm)
+            if self.guards:
+                checked = torch.nn.utils.get_total_norm(self._gradients()) if norm is None else norm
+                for guard in self.guards:
+                    guard("gradient", checked)
             self.optimizer.step(**kwargs)
         else:
             self.scaler.step(self.optimizer, **kwargs)

@@ -81,8 +81,14 @@ class Runner(mmengine.runner.Runner):
     inside the epoch), how it is written (atomically) and read (nothing in it is run), and in that ``--launcher
     pytorch`` works without a GPU. ``cfg.resume`` may be True (newest good checkpoint of the work dir) or go with
     ``load_from``; ``cfg.resume_anyway`` continues although the config differs from the checkpoint's.
+    ``cfg.env_cfg.cpu_threads`` sets the threads that torch computes with; None leaves torch's choice.
     """
 
+    optim_wrapper: Any
+    _timestamp: str
+    _resume: bool
+    _train_loop: Any
+    _val_loop: Any
     _timestamps: ClassVar[set[str]] = set()
 
     def setup_env(self, env_cfg: dict) -> None:
@@ -91,6 +97,8 @@ class Runner(mmengine.runner.Runner):
                 raise ValueError(f"without a GPU, --launcher must be pytorch (torchrun), not {self.launcher!r}")
             torch.distributed.init_process_group("gloo")
         super().setup_env(env_cfg)
+        if env_cfg.get("cpu_threads") is not None:
+            torch.set_num_threads(env_cfg["cpu_threads"])
         # Two runs of one process may start within a second, and mmengine shares loggers between equal names.
         stamp, count = self._timestamp, 1
         while self._timestamp in self._timestamps:
@@ -144,7 +152,9 @@ class Runner(mmengine.runner.Runner):
             if isinstance(item, dict):
                 total = self.max_epochs if item.get("by_epoch", True) else self.max_iters
                 if item.get("begin", 0) >= total:
-                    self.logger.info(f"{item['type']} would begin at {item['begin']}, training ends at {total}: left out")
+                    self.logger.info(
+                        f"{item['type']} would begin at {item['begin']}, training ends at {total}: left out"
+                    )
                     continue
             kept.append(item)
         return super()._build_param_scheduler(kept, optim_wrapper)
@@ -336,7 +346,7 @@ class Runner(mmengine.runner.Runner):
         training = self.train_dataloader.dataset
         if hasattr(training, "check_num_classes") and hasattr(self.bare_model, "num_classes"):
             training.check_num_classes(self.bare_model.num_classes)
-            validation = None if self.val_loop is None else self.val_dataloader.dataset
+            validation: Any = None if self.val_loop is None else self.val_dataloader.dataset
             if hasattr(validation, "check_num_classes"):
                 check_same_classes(training, validation)
 

@@ -52,10 +52,9 @@ def selective_scan_reference(
     B, C = per_channel(B), per_channel(C)
     state = x.new_zeros(batch, dim, A.shape[1])
     steps = []
-    for t in range(length):
-        decay = torch.exp(delta[:, :, t, None] * A)
-        state = decay * state + (delta[:, :, t] * x[:, :, t])[..., None] * B[..., t]
-        steps.append((state * C[..., t]).sum(-1))
+    for step, value, b, c in zip(delta.unbind(-1), x.unbind(-1), B.unbind(-1), C.unbind(-1)):
+        state = torch.exp(step[..., None] * A) * state + (step * value)[..., None] * b
+        steps.append((state * c).sum(-1))
     y = torch.stack(steps, dim=-1)
     if D is not None:
         y = y + D.to(work)[:, None] * x
@@ -95,17 +94,15 @@ def scan_2d_reference(
     write = read if write is None else write.long()
     out = x.new_zeros(batch, length, dim)
     for k in range(routes):
-        state = x.new_zeros(batch, dim, A.shape[2])
-        for t in range(steps):
-            if segment is not None and t % segment == 0:
-                state = torch.zeros_like(state)
-            i = read[k, t]
-            step, value = delta[:, i, k], x[:, i]  # (batch, dim)
-            state = torch.exp(step[..., None] * A[k]) * state + (step * value)[..., None] * B[:, i, k, None]
-            y = (state * C[:, i, k, None]).sum(-1)
-            if D is not None:
-                y = y + D[k].to(work) * value
-            out = out.index_add(1, write[k, t, None], y[:, None])
+        walked = (x[:, read[k]], *(tensor[:, read[k], k] for tensor in (delta, B, C)))  # (batch, steps, ...)
+        ys = []
+        for t, (value, step, b, c) in enumerate(zip(*(tensor.unbind(1) for tensor in walked))):
+            if t % (segment or steps) == 0:
+                state = x.new_zeros(batch, dim, A.shape[2])
+            state = torch.exp(step[..., None] * A[k]) * state + (step * value)[..., None] * b[:, None]
+            y = (state * c[:, None]).sum(-1)
+            ys.append(y if D is None else y + D[k].to(work) * value)
+        out = out.index_add(1, write[k], torch.stack(ys, dim=1))
     return out
 
 
@@ -125,7 +122,7 @@ def ssd_reference(
         chunk_size: int = 64,
 ) -> Union[Tensor, Tuple[Tensor, Tensor]]:
     """Mamba-2 recurrence, one scalar decay per head; see :func:`vision_ssm.ops.ssd`. `chunk_size` changes nothing."""
-    batch, length, heads, width = x.shape
+    batch, _, heads, width = x.shape
     work = _work_dtype(x)
     value, dt, A = x.to(work), dt.to(work), A.to(work)
     B, C = (matrix.to(work).repeat_interleave(heads // matrix.shape[2], dim=2) for matrix in (B, C))
@@ -138,10 +135,10 @@ def ssd_reference(
     else:
         state = initial_states.to(work)
     steps = []
-    for t in range(length):
-        decay = torch.exp(dt[:, t] * A)[..., None, None]
-        state = decay * state + (dt[:, t, :, None] * value[:, t])[..., None] * B[:, t, :, None]
-        steps.append((state * C[:, t, :, None]).sum(-1))
+    for step, v, b, c in zip(dt.unbind(1), value.unbind(1), B.unbind(1), C.unbind(1)):
+        decay = torch.exp(step * A)[..., None, None]
+        state = decay * state + (step[..., None] * v)[..., None] * b[:, :, None]
+        steps.append((state * c[:, :, None]).sum(-1))
     y = torch.stack(steps, dim=1)
     if D is not None:
         D = D.to(work)

@@ -2,7 +2,8 @@
 data_root = "data/digits"
 train_dataloader = dict(
     batch_size=64,
-    num_workers=0,
+    num_workers=1,
+    persistent_workers=True,
     drop_last=True,
     collate_fn=dict(type="vision_ssm.collate"),
     sampler=dict(type="vision_ssm.EpochSampler", shuffle=True),

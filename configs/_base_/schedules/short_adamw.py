@@ -11,5 +11,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, begin=0, end=2, by_epoch=True, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=2, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
+train_cfg = dict(by_epoch=True, max_epochs=15, val_interval=1)
 custom_hooks = [dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=0.01, gamma=10)]
