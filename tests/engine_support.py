@@ -15,6 +15,8 @@ CONFIGS = ROOT / "configs"
 QUICKSTART = CONFIGS / "classification" / "quickstart_digits.py"
 CLASSES = ("bars", "blob", "rows")
 TRAIN_PER_CLASS, VAL_PER_CLASS, BATCH = 12, 4, 4
+# Parts of the last checkpoint in which a resumed run must equal an unbroken one.
+EXACT = ("state_dict", "unaveraged_state_dict", "optimizer", "param_schedulers", "history", "rng")
 ITERATIONS = TRAIN_PER_CLASS * len(CLASSES) // BATCH
 
 
@@ -81,9 +83,11 @@ def differences(first: object, second: object, where: str = "") -> list[str]:
     return [] if first == second else [f"{where}: {first!r} != {second!r}"]
 
 
-def run_python(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess:
+def run_python(*arguments: str | Path, timeout: float = 240, gpus: bool = False) -> subprocess.CompletedProcess:
     """A Python process in the repository's root with one thread; never raises for its exit code."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

@@ -161,7 +161,9 @@ def test_large_values(op, options, scale, dtype):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_one_large_step(op):
     """After a step that forgets everything, the small decays that follow keep their precision."""
-    inputs = INPUTS[op](**{"selective_scan": dict(length=100), "scan_2d": dict(size=(10, 10), rank=None), "ssd": {}}[op])
+    inputs = INPUTS[op](
+        **{"selective_scan": dict(length=100), "scan_2d": dict(size=(10, 10), rank=None), "ssd": {}}[op]
+    )
     name, axis = {"selective_scan": ("delta", 2), "scan_2d": ("delta", 1), "ssd": ("dt", 1)}[op]
     inputs[name].select(axis, inputs[name].shape[axis] // 2).fill_(1e6)
     compare_with_twin(op, inputs, torch.float32)
@@ -213,7 +215,9 @@ def test_no_uninitialised_memory_is_read(op, options, monkeypatch):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_repetition_is_bit_equal(op):
-    inputs = INPUTS[op](**{"selective_scan": dict(length=200), "scan_2d": dict(size=(13, 15)), "ssd": dict(length=99)}[op])
+    inputs = INPUTS[op](
+        **{"selective_scan": dict(length=200), "scan_2d": dict(size=(13, 15)), "ssd": dict(length=99)}[op]
+    )
     first = run(OPERATORS[op][0], inputs)
     run(OPERATORS[op][0], INPUTS[op]())  # leaves other values in scratch memory
     second = run(OPERATORS[op][0], inputs)

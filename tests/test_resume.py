@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import ITERATIONS, differences, run_python, small_config, write_pictures
+from engine_support import EXACT, ITERATIONS, differences, run_python, small_config, write_pictures
 
 from vision_ssm import CheckpointError
 from vision_ssm.engine import Runner, read_training
@@ -71,9 +71,6 @@ def resumed(cfg) -> dict:
     cfg.resume = True
     Runner.from_cfg(cfg).train()
     return read_training(Path(cfg.work_dir) / f"epoch_{EPOCHS}.pth")
-
-
-EXACT = ("state_dict", "unaveraged_state_dict", "optimizer", "param_schedulers", "history", "rng")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -228,13 +229,13 @@ def predict(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def describe_scan(mixer: torch.nn.Module) -> str:
+def describe_scan(mixer: Any) -> str:
     """Name of a token mixer in the registry of scans, with its core and routes where it has them."""
     name = next((key for key, cls in SCANS.module_dict.items() if cls is type(mixer)), type(mixer).__name__)
-    core = getattr(mixer, "core", None)
+    core: Any = getattr(mixer, "core", None)
     details = [type(core).__name__.removesuffix("Core").lower()] if core is not None else []
     details += [f"{core.routes.num_routes} routes"] if hasattr(core, "routes") else []
-    details += [f"{core.state_dim} states"] if hasattr(core, "state_dim") else []
+    details += [f"state {core.state_dim}"] if hasattr(core, "state_dim") else []
     return f"{name} ({', '.join(details)})" if details else name
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageOps
@@ -27,9 +28,9 @@ MOST_NUMBERED_CLASSES = 20
 
 
 def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     return figure
 
 
@@ -185,8 +186,8 @@ def picked_predictions(predictions: Sequence[Prediction], count: int) -> list[Pr
 
 def open_picture(path: str | Path, size: int = 160) -> Image.Image:
     """The picture at `path` as 8-bit RGB, upright, its longer side `size`."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+    with Image.open(path) as file:
+        image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode.startswith(("I", "F")):
             array = np.asarray(image, dtype=np.float64)
             span = max(array.max() - array.min(), 1e-12)

@@ -31,8 +31,8 @@ class CheckpointHook(Hook):
     """Saves the run after epochs and, if asked, between iterations; and the best weights so far.
 
     Files in the work dir: ``epoch_N.pth`` and ``iter_N.pth`` (everything a resume needs), ``best_METRIC.pth``
-    (weights), ``last_checkpoint`` (name of the newest). An older file is deleted only once a newer one is complete. With
-    accumulated gradients a checkpoint waits for the next optimizer step, because pending gradients are not saved.
+    (weights), ``last_checkpoint`` (name of the newest). An older file is deleted only once a newer one is complete.
+    With accumulated gradients a checkpoint waits for the next optimizer step, because pending ones are not saved.
 
     Args:
         every_epochs: epochs between checkpoints; the last epoch is always saved.
@@ -288,12 +288,13 @@ class ProgressHook(Hook):
         self._describe(f"epoch {runner.epoch + 1}/{runner.max_epochs}")
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self._times.append((time.perf_counter(), len(data_batch["image"]) * runner.world_size))
-        images = sum(count for _, count in list(self._times)[1:])
+        images = data_batch.get("image", data_batch.get("inputs", ()))  # ours, or those of mmseg and mmdet
+        self._times.append((time.perf_counter(), len(images) * runner.world_size))
+        seen = sum(count for _, count in list(self._times)[1:])
         seconds = self._times[-1][0] - self._times[0][0]
-        if not images:
+        if not seen:
             return
-        speed = images / max(seconds, 1e-9)
+        speed = seen / max(seconds, 1e-9)
         runner.message_hub.update_scalar("train/images_per_second", speed)
         if self.progress is not None:
             numbers = f"loss {outputs['loss'].item():.4f}  {speed:,.0f} images/s"

@@ -48,7 +48,8 @@ class RoutineFilter(logging.Filter):
 
 def console_handlers(logger: logging.Logger) -> list[logging.StreamHandler]:
     """Handlers of `logger` that write to the terminal."""
-    return [handler for handler in logger.handlers if getattr(handler, "stream", None) in (sys.stdout, sys.stderr)]
+    streams = [handler for handler in logger.handlers if isinstance(handler, logging.StreamHandler)]
+    return [handler for handler in streams if handler.stream in (sys.stdout, sys.stderr)]
 
 
 def quieten(logger: MMLogger) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vision_ssm import kernels
+import vision_ssm.kernels as kernels
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
@@ -65,7 +65,8 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but {op} cannot run on Triton: {obstacle}")
     if tensor.is_cuda and (op, obstacle) not in _warned:
         _warned.add((op, obstacle))
-        warnings.warn(f"{op} takes the chunked PyTorch path on {tensor.device}, which is slow: {obstacle}", stacklevel=2)
+        message = f"{op} takes the chunked PyTorch path on {tensor.device}, which is slow: {obstacle}"
+        warnings.warn(message, stacklevel=2)
     return Backend("chunked", obstacle)
 
 

@@ -4,25 +4,23 @@ import torch
 from torch import Tensor
 
 
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
-    """All given tensors are real, floating-point and on the device of the first.
+def check_tensors(op: str, required: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    """All required tensors, and the others unless None, are real, floating-point and on the device of the first.
 
     Raises:
         TypeError: an argument is no tensor, or is complex, integer or boolean.
         ValueError: tensors are on different devices.
     """
-    first = ""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+    first = next(iter(required))
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    for name, tensor in (required | given).items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if tensor.is_complex():
             raise TypeError(f"{op}: {name} is complex ({tensor.dtype}); only real state-space models are supported")
         if not tensor.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating-point, got {tensor.dtype}; convert it with .float()")
-        first = first or name
-        check_device(op, name, tensor, first, tensors[first])
+        check_device(op, name, tensor, first, required[first])
 
 
 def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

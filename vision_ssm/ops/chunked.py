@@ -16,7 +16,6 @@ about as much as the arithmetic on it.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -115,11 +114,7 @@ class RowScan:
         self.x, self.delta, self.B, self.C, self.layout = x, delta, B, C, layout
         self.A = A.permute(2, 0, 1)[:, None, :, None, None]  # (N, 1, K, 1, 1, D)
         self.D = None if D is None else D[:, None, None]  # (K, 1, 1, D)
-
-    @cached_property
-    def delta_sum(self) -> Tensor:
-        """Sum of the step sizes of each chunk, (B, K, M, D)."""
-        return self.delta.sum(2)
+        self.delta_sum = delta.sum(2) if layout.chunks > 1 else None  # of each chunk, (B, K, M, D)
 
     def state_blocks(self) -> Iterator[slice]:
         """Slices of the N states."""
@@ -128,8 +123,13 @@ class RowScan:
         for first in range(0, count, size):
             yield slice(first, min(first + size, count))
 
-    def total_decay(self, block: slice) -> Tensor:
-        """Decay over each whole chunk, (n, B, K, M, D). Kept finite, so that a state of 0 stays 0."""
+    def total_decay(self, block: slice) -> Tensor | None:
+        """Decay over each whole chunk, (n, B, K, M, D), if there are several.
+
+        Kept finite, so that a state of 0 stays 0.
+        """
+        if self.delta_sum is None:
+            return None
         total = torch.exp2(self.delta_sum * (self.A[block].squeeze(3) * _LOG2_E))
         return total.clamp_(max=torch.finfo(total.dtype).max)
 
@@ -164,21 +164,21 @@ class RowScan:
         _sweep(steps, shifted)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Outputs (B, K, S, M, D), in scratch memory, and last states (N, B, K, segments, D). Overwrites x and delta."""
+        """Outputs (B, K, S, M, D), in scratch memory, and last states (N, B, K, segments, D).
+
+        Overwrites x and delta.
+        """
         x, delta = self.x, self.delta
         y = scratch("y", x.shape, x)
         if self.D is None:
             y.zero_()
         else:
             torch.mul(x, self.D, out=y)
-        chunked = self.layout.chunks > 1
-        if chunked:
-            self.delta_sum  # before delta is overwritten
         entering = x.mul_(delta)
         last = []
         for block in self.state_blocks():
             count = block.stop - block.start
-            total = self.total_decay(block) if chunked else None
+            total = self.total_decay(block)
             if count == 1 and block.stop == self.A.shape[0]:  # the last state may use up its inputs
                 decay, states = delta[None], entering[None]
             else:
@@ -203,7 +203,7 @@ class RowScan:
         grads["C"] = torch.empty_like(self.C)
         for block in self.state_blocks():
             count = block.stop - block.start
-            total = self.total_decay(block) if self.layout.chunks > 1 else None
+            total = self.total_decay(block)
             decay = self.decay(block, out=scratch("decay", (count, *x.shape), x))
             shape = (*decay.shape[:3], decay.shape[3] + 1, *decay.shape[4:])
             states = scratch("states", shape, x)
@@ -234,10 +234,10 @@ class RowScan:
 
 
 def softplus_(values: Tensor) -> Tensor:
-    """softplus in place, rounded as `F.softplus` does it; twice as fast where nothing is large."""
+    """softplus in place, rounded as `F.softplus` does it; faster where nothing is large."""
     if values.device.type == "cpu" and values.numel() and values.max() <= _SOFTPLUS_LINEAR:
         return values.exp_().log1p_()
-    return torch._C._nn.softplus(values, 1.0, _SOFTPLUS_LINEAR, out=values)
+    return torch.ops.aten.softplus.out(values, 1.0, _SOFTPLUS_LINEAR, out=values)
 
 
 def softplus_backward_(grad: Tensor, values: Tensor) -> Tensor:

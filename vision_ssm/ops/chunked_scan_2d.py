@@ -123,7 +123,8 @@ class _Routes:
 
     def plans(self, routes: slice) -> tuple[_Plan, _Plan]:
         """Plans of reading and of writing."""
-        return tuple(_plan(table, routes, self.x.shape[1], self.layout) for table in (self.read, self.write))
+        length = self.x.shape[1]
+        return _plan(self.read, routes, length, self.layout), _plan(self.write, routes, length, self.layout)
 
     def rows(self, name: str, values: Tensor, index: Tensor) -> Tensor:
         """values (b, L, ..., width) gathered to (b, k, S, M, width), in scratch memory of that name."""

@@ -20,6 +20,7 @@ from .chunked import (
 )
 from .workspace import scratch
 
+
 class _Sequences:
     """Cuts the inputs of a selective scan into rows, block by block."""
 
@@ -37,14 +38,15 @@ class _Sequences:
         self.work, self.groups = work_dtype(u), B.shape[1]
         self.layout = Layout.choose(u.shape[2])
         self.u, self.delta, self.B, self.C = self.grouped(u), self.grouped(delta), B, C
-        self.A, self.D, self.delta_bias = (self.parameter(value) for value in (A, D, delta_bias))
+        self.A = self.parameter(A)
+        self.D, self.delta_bias = (None if value is None else self.parameter(value) for value in (D, delta_bias))
         self.delta_softplus = delta_softplus
 
     def grouped(self, values: Tensor) -> Tensor:
         return values.unflatten(1, (self.groups, -1))  # (b, g, d, L)
 
-    def parameter(self, values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(self.work).unflatten(0, (self.groups, -1))  # (g, d, ...)
+    def parameter(self, values: Tensor) -> Tensor:
+        return values.to(self.work).unflatten(0, (self.groups, -1))  # (g, d, ...)
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
         batch, groups, dim, _ = self.u.shape

@@ -2,8 +2,8 @@
 
 Within a chunk, y = (C B^T * decays) (delta x), where the decay between two steps is exp of the sum of the exponents
 between them; across chunks, only the states at chunk ends are stepped. These sums are <= 0 for decaying heads, so
-nothing overflows. Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. The backward pass is written out by hand
-and recomputes everything from the inputs.
+nothing overflows. Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060), section 6. The backward pass is written out
+by hand and recomputes everything from the inputs.
 
 Dimensions: b images, c chunks, q steps of a chunk, g groups sharing B and C, r heads of a group, p channels of a head,
 n states.

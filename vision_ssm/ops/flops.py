@@ -3,11 +3,11 @@
 The functions named ``*_shapes`` take the inputs of a registered operator with shapes in place of tensors; they are what
 `torch.utils.flop_counter` calls.
 
-Convention: `FlopCounterMode` counts 2 FLOPs per multiply-accumulate, and so do the matrix products here. The scan itself
-is counted as the literature of vision state-space models does, 9 FLOPs per step, channel and state (the exponential,
-its argument, the input term, the recurrence and the read-out) plus one per step and channel for the skip connection and
-one for the gate; VMamba's published figures add this number to multiply-accumulates of the rest. A backward pass counts
-twice its forward pass; recomputation is not counted.
+Convention: `FlopCounterMode` counts 2 FLOPs per multiply-accumulate, and so does the expansion of step sizes here. The
+scan itself is counted as the literature of vision state-space models does: 9 FLOPs per step, channel and state (the
+exponential, its argument, the input term, the recurrence and the read-out), plus one per step and channel for the skip
+connection and one for the gate. VMamba's published figures add this number to multiply-accumulates of the rest. A
+backward pass counts twice its forward pass; recomputation is not counted. The registered operators hold no gate.
 """
 
 from typing import Any

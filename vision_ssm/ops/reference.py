@@ -7,7 +7,6 @@ are slow. Every faster path is correct if and only if it gives these outputs and
 Sources: Gu and Dao, "Mamba" (arXiv 2312.00752) for the selective scan; Liu et al., "VMamba" (arXiv 2401.10166) for the
 scan along several routes of a map; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060) for SSD.
 """
-from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +20,17 @@ def _work_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def selective_scan_reference(
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Optional[Tensor] = None,
-        z: Optional[Tensor] = None,
-        delta_bias: Optional[Tensor] = None,
-        delta_softplus: bool = False,
-        return_last_state: bool = False,
-) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Selective scan of (batch, dim, L) sequences; see :func:`vision_ssm.ops.selective_scan` for the arguments."""
     batch, dim, length = u.shape
     work = _work_dtype(u)
@@ -65,19 +64,19 @@ def selective_scan_reference(
 
 
 def scan_2d_reference(
-        x: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Optional[Tensor] = None,
-        *,
-        read: Tensor,
-        write: Optional[Tensor] = None,
-        dt_weight: Optional[Tensor] = None,
-        dt_bias: Optional[Tensor] = None,
-        delta_softplus: bool = True,
-        segment: Optional[int] = None,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    read: Tensor,
+    write: Tensor | None = None,
+    dt_weight: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    segment: int | None = None,
 ) -> Tensor:
     """Scan of a map along K routes, merged; see :func:`vision_ssm.ops.scan_2d` for the arguments."""
     batch, length, dim = x.shape
@@ -107,20 +106,20 @@ def scan_2d_reference(
 
 
 def ssd_reference(
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        *,
-        D: Optional[Tensor] = None,
-        z: Optional[Tensor] = None,
-        dt_bias: Optional[Tensor] = None,
-        dt_softplus: bool = False,
-        initial_states: Optional[Tensor] = None,
-        return_final_states: bool = False,
-        chunk_size: int = 64,
-) -> Union[Tensor, Tuple[Tensor, Tensor]]:
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    chunk_size: int = 64,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2 recurrence, one scalar decay per head; see :func:`vision_ssm.ops.ssd`. `chunk_size` changes nothing."""
     batch, _, heads, width = x.shape
     work = _work_dtype(x)

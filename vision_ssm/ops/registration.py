@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vision_ssm import kernels
+import vision_ssm.kernels as kernels
 
 from .backend import select_backend
 

@@ -77,7 +77,7 @@ def scan_2d(
         IndexError: a table holds a position outside of [0, L).
         RuntimeError: VISION_SSM_BACKEND asks for a backend that cannot run here.
     """
-    check_tensors(_OP, x=x, delta=delta, A=A, B=B, C=C, D=D, dt_weight=dt_weight, dt_bias=dt_bias)
+    check_tensors(_OP, dict(x=x, delta=delta, A=A, B=B, C=C), dict(D=D, dt_weight=dt_weight, dt_bias=dt_bias))
     check_table(_OP, "read", read, x)
     check_dimensions(_OP, "x", x, "(B, L, D)")
     check_dimensions(_OP, "delta", delta, "(B, L, K, R)")

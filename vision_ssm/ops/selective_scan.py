@@ -70,7 +70,7 @@ def selective_scan(
         ValueError: a shape or device does not fit; VISION_SSM_BACKEND names no backend.
         RuntimeError: VISION_SSM_BACKEND asks for a backend that cannot run here.
     """
-    check_tensors(_OP, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    check_tensors(_OP, dict(u=u, delta=delta, A=A, B=B, C=C), dict(D=D, z=z, delta_bias=delta_bias))
     check_dimensions(_OP, "u", u, "(batch, dim, L)")
     check_dimensions(_OP, "A", A, "(dim, N)")
     batch, dim, length = u.shape

@@ -14,9 +14,8 @@ _OP = "ssd"
 
 
 def _fake(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch, _, heads, width = x.shape
     work = work_dtype(x)
-    return x.new_empty(x.shape, dtype=work), x.new_empty(batch, heads, width, B.shape[3], dtype=work)
+    return x.new_empty(x.shape, dtype=work), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=work)
 
 
 _ssd = register_operator(
@@ -74,7 +73,7 @@ def ssd(
         ValueError: a shape, device or `chunk_size` does not fit; VISION_SSM_BACKEND names no backend.
         RuntimeError: VISION_SSM_BACKEND asks for a backend that cannot run here.
     """
-    check_tensors(_OP, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_states=initial_states)
+    check_tensors(_OP, dict(x=x, dt=dt, A=A, B=B, C=C), dict(D=D, z=z, dt_bias=dt_bias, initial_states=initial_states))
     check_dimensions(_OP, "x", x, "(B, L, heads, P)")
     check_dimensions(_OP, "B", B, "(B, L, groups, N)")
     batch, length, heads, width = x.shape
