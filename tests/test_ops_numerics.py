@@ -194,7 +194,7 @@ def test_growing_states(op):
 )
 def test_blocks(op, options, elements, monkeypatch):
     """How the work is cut changes nothing."""
-    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr(chunked, "block_elements", lambda device: elements)
     compare_with_twin(op, INPUTS[op](**options), torch.float64)
 
 

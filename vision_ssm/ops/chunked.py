@@ -23,10 +23,13 @@ from torch import Tensor
 from .workspace import scratch
 
 _LOG2_E = math.log2(math.e)
-# Most elements of one buffer. Fewer cost more calls, more fall out of the caches and cost more fresh memory.
-BLOCK_ELEMENTS = 1 << 21
 _ONE_CHUNK = 64  # steps up to which the carry over chunks costs more than it saves
 _SOFTPLUS_LINEAR = 20.0  # softplus(v) is v above this, as in torch
+
+
+def block_elements(device: torch.device) -> int:
+    """Most elements of one buffer. Fewer cost more calls, more fall out of a CPU's caches and cost more memory."""
+    return 1 << 21 if device.type == "cpu" else 1 << 24
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:
@@ -119,7 +122,7 @@ class RowScan:
     def state_blocks(self) -> Iterator[slice]:
         """Slices of the N states."""
         count = self.A.shape[0]
-        size = max(1, BLOCK_ELEMENTS // self.x.numel())
+        size = max(1, block_elements(self.x.device) // self.x.numel())
         for first in range(0, count, size):
             yield slice(first, min(first + size, count))
 
@@ -245,11 +248,11 @@ def softplus_backward_(grad: Tensor, values: Tensor) -> Tensor:
     return torch.ops.aten.softplus_backward(grad, values, 1.0, _SOFTPLUS_LINEAR, grad_input=grad)
 
 
-def cut_blocks(batch: int, groups: int, dim: int, rows: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices of images, groups and channels of about BLOCK_ELEMENTS elements; groups outermost, channels innermost."""
-    width = min(dim, max(1, BLOCK_ELEMENTS // rows))
-    count = min(groups, max(1, BLOCK_ELEMENTS // (rows * width)))
-    images = max(1, BLOCK_ELEMENTS // (rows * width * count))
+def cut_blocks(batch: int, groups: int, dim: int, rows: int, elements: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of images, groups and channels of about `elements` elements; groups outermost, channels innermost."""
+    width = min(dim, max(1, elements // rows))
+    count = min(groups, max(1, elements // (rows * width)))
+    images = max(1, elements // (rows * width * count))
     for group in range(0, groups, count):
         for image in range(0, batch, images):
             for channel in range(0, dim, width):

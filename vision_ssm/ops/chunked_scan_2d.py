@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import chunked
 from .chunked import (
     Layout,
     RowScan,
@@ -119,7 +120,8 @@ class _Routes:
         self.read, self.write, self.delta_softplus = read, read if write is None else write, delta_softplus
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
-        return cut_blocks(self.x.shape[0], self.read.shape[0], self.x.shape[2], self.layout.rows)
+        batch, _, dim = self.x.shape
+        return cut_blocks(batch, self.read.shape[0], dim, self.layout.rows, chunked.block_elements(self.x.device))
 
     def plans(self, routes: slice) -> tuple[_Plan, _Plan]:
         """Plans of reading and of writing."""
@@ -147,13 +149,13 @@ class _Routes:
             delta = self.rows(name, self.delta[images, :, routes, channels], index)
             return delta if bias is None else delta.add_(bias.unsqueeze(1))
         low_rank = self.low_rank(images, routes).flatten(0, 1)  # (b * k, S * M, R)
-        count = low_rank.shape[0] // self.A[routes].shape[0]
-        weight = self.dt_weight[routes, channels].mT.repeat(count, 1, 1)  # (b * k, R, d)
+        count = images.stop - images.start
+        weight = self.dt_weight[routes, channels].mT.expand(count, -1, -1, -1).flatten(0, 1)  # (b * k, R, d)
         delta = scratch(name, (*low_rank.shape[:2], weight.shape[2]), low_rank)
         if bias is None:
             torch.bmm(low_rank, weight, out=delta)
         else:
-            torch.baddbmm(bias.repeat(count, 1, 1), low_rank, weight, out=delta)
+            torch.baddbmm(bias.expand(count, -1, -1, -1).flatten(0, 1), low_rank, weight, out=delta)
         return delta.view(count, -1, self.layout.steps, self.layout.columns, weight.shape[2])
 
     def scan(self, images: slice, routes: slice, channels: slice) -> RowScan:

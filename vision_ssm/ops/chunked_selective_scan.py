@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import chunked
 from .chunked import (
     Layout,
     RowScan,
@@ -50,7 +51,7 @@ class _Sequences:
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
         batch, groups, dim, _ = self.u.shape
-        return cut_blocks(batch, groups, dim, self.layout.rows)
+        return cut_blocks(batch, groups, dim, self.layout.rows, chunked.block_elements(self.u.device))
 
     def to_rows(self, name: str, values: Tensor) -> Tensor:
         """(b, g, d, L) -> (b, g, S, M, d), padded with zeros, in scratch memory of that name."""

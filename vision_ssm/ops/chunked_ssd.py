@@ -86,7 +86,7 @@ class _Heads:
     def blocks(self) -> Iterator[tuple[slice, ...]]:
         """Slices of images and chunks."""
         batch, chunks, groups, steps, heads, _ = self.x.shape
-        count = max(1, chunked.BLOCK_ELEMENTS // (groups * heads * steps * steps))
+        count = max(1, chunked.block_elements(self.x.device) // (groups * heads * steps * steps))
         images = max(1, count // chunks)
         for image in range(0, batch, images):
             for chunk in range(0, chunks, count):
