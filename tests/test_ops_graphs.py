@@ -75,6 +75,22 @@ def test_compiled_training_equals_eager(op):
         assert torch.equal(compiled[name], value), name
 
 
+@pytest.mark.parametrize(
+    ("op", "options", "others"),
+    [
+        ("selective_scan", dict(groups=4), dict(batch=3, length=33)),
+        ("selective_scan", dict(constant="B"), dict(batch=3)),
+        ("scan_2d", dict(write=True), dict(batch=3, size=(5, 7))),
+        ("ssd", {}, dict(batch=3, length=40)),
+    ],
+)
+def test_compile_with_dynamic_sizes(op, options, others):
+    torch._dynamo.reset()
+    compiled = torch.compile(OPERATORS[op][0], fullgraph=True, dynamic=True, backend="aot_eager")
+    for inputs in (INPUTS[op](**options), INPUTS[op](**options | others)):
+        torch.testing.assert_close(compiled(**inputs), OPERATORS[op][0](**inputs), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("op", OPERATORS)
 def test_export(op):
     inputs = INPUTS[op]()

@@ -1,6 +1,7 @@
 """Every operator against its twin: outputs and all gradients, on fresh random inputs."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,7 @@ SELECTIVE_SCAN = {
     "16 states": dict(states=16, dim=7, length=70),
     "groups": dict(groups=4, length=70),
     "group per channel": dict(groups=24),
+    "constant B, groups": dict(constant="B", groups=8),
     "constant B": dict(constant="B"),
     "constant C, groups": dict(constant="C", groups=3),
     "constant B and C": dict(constant="BC", length=70),
@@ -280,6 +282,22 @@ def test_changed_route_table():
             got, want = (f(**inputs | {"read": table}) for f in OPERATORS["scan_2d"])
             check("scan_2d", got, want, TOLERANCE[torch.float64])
             table.copy_(table.flip(1))
+
+
+def test_threads_share_no_scratch():
+    inputs = [scan_2d_inputs(size=(20, 20)) for _ in range(2)]
+    want = [scan_2d(**one) for one in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for got, expected in zip(pool.map(lambda one: scan_2d(**one), inputs), want):
+                assert torch.equal(got, expected)
+
+
+def test_different_groups_of_B_and_C():
+    inputs = selective_scan_inputs(groups=6)
+    for groups in (1, 2, 3, 4, 12):
+        inputs["C"] = torch.randn(2, groups, 3, 19)
+        compare_with_twin("selective_scan", inputs, torch.float64)
 
 
 def test_inference_mode_and_training_share_scratch():

@@ -1,10 +1,4 @@
-"""Orders of samples that depend on (seed, epoch) only and can be entered at any place.
-
-Resuming in the middle of an epoch, k batches in::
-
-    loader.sampler.set_epoch(epoch)
-    loader.sampler.skip(k * batch_size)   # this process's samples; nothing is decoded
-    for batch in loader: ...              # batches k, k + 1, ... of that epoch
+"""Orders of samples that depend on (seed, epoch) only.
 
 Every index is a `Draw` with the coordinates (seed, epoch, position), from which `ImageFolder` seeds the augmentation.
 The position counts over all processes, so 2 processes with batch B see the augmented images of 1 process with batch 2B.
@@ -59,7 +53,6 @@ class EpochSampler(Sampler[int]):
         self.seed = sync_random_seed() if seed is None else int(seed)
         self.endless = endless
         self.epoch = 0
-        self._skip = 0
         size = len(dataset)
         total = math.ceil(size / self.world_size) * self.world_size if round_up else size
         self._positions = range(self.rank, total, self.world_size)
@@ -76,41 +69,22 @@ class EpochSampler(Sampler[int]):
         return int(order[position % len(order)])
 
     def __iter__(self) -> Iterator[int]:
-        # A generator: the pending skip is used up by the first index drawn, not when DataLoader merely calls iter().
-        start, self._skip = self._skip, 0
         epoch = self.epoch
-        endless = self.endless and len(self) > 0
-        if endless:
-            passed, start = divmod(start, len(self))
-            epoch += passed
         while True:
             order = self._order(epoch)
-            for position in self._positions[start:]:
+            for position in self._positions:
                 yield Draw(self._index(order, position), (self.seed, epoch, position))
-            if not endless:
+            if not self.endless or len(self) == 0:
                 return
-            epoch, start = epoch + 1, 0
+            epoch += 1
 
     def __len__(self) -> int:
-        """Samples per epoch in this process, whatever is to be skipped."""
+        """Samples per epoch in this process."""
         return len(self._positions)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration runs through. A pending `skip` stays."""
+        """Choose the epoch that the next iteration runs through."""
         self.epoch = int(epoch)
-
-    def skip(self, samples: int) -> None:
-        """Start the next iteration, and only that one, after this many of this process's samples.
-
-        Raises:
-            ValueError: Negative, or more than an epoch holds (unless `endless`).
-        """
-        if samples < 0 or (samples > len(self) and not self.endless):
-            raise ValueError(
-                f"cannot skip {samples} samples: an epoch holds {len(self)} in this process. Was the batch size, the"
-                " number of processes or the data set changed since the checkpoint?"
-            )
-        self._skip = int(samples)
 
 
 @DATA_SAMPLERS.register_module()

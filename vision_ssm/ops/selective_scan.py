@@ -1,7 +1,5 @@
 """The selective scan of Mamba (arXiv 2312.00752) over 1-D sequences, with the signature users know from mamba_ssm."""
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,7 +95,7 @@ def selective_scan(
 
     if demanded_backend() == "reference":
         return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    groups = math.lcm(*(_groups(matrix, dim) for matrix in (B, C)))
+    groups = _common_groups(_groups(B, dim), _groups(C, dim), dim)
     B, C = (_grouped(matrix, groups, batch, length) for matrix in (B, C))
     y, last_state = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
     if z is not None:
@@ -108,6 +106,13 @@ def selective_scan(
 
 def _groups(matrix: Tensor, dim: int) -> int:
     return {2: dim, 3: 1}.get(matrix.dim()) or matrix.shape[1]
+
+
+def _common_groups(first: int, second: int, dim: int) -> int:
+    """A number of groups that both numbers divide; no `math.lcm`, so that sizes may be symbolic."""
+    if first % second == 0:
+        return first
+    return second if second % first == 0 else dim
 
 
 def _grouped(matrix: Tensor, groups: int, batch: int, length: int) -> Tensor:
