@@ -1,4 +1,4 @@
-"""Settings shared by all tests."""
+"""Settings and data shared by all tests."""
 
 import os
 
@@ -7,12 +7,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
-
-torch.set_num_threads(1)
+from engine_support import write_pictures
 
 
 @pytest.fixture(autouse=True)
-def _seeded(request):
-    """Every test starts from one seed, and leaves no trace in the global random state of the next."""
+def _same_start():
+    """Every test starts from one seed and with one thread, whatever the one before it set."""
     torch.manual_seed(0)
-    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folder of small pictures of three classes in ImageNet layout; not to be changed."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"))

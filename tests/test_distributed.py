@@ -4,19 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import BATCH, ITERATIONS, ROOT, plain, run_python, small_config, write_pictures
+from engine_support import BATCH, ITERATIONS, ROOT, plain, run_python, small_config
 
 from vision_ssm.engine import Runner, read_training
 
 
-def test_two_processes_reach_the_loss_of_one_with_twice_the_batch(tmp_path):
-    data = write_pictures(tmp_path / "pictures")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_two_processes_reach_the_loss_of_one_with_twice_the_batch(data, tmp_path):
     one = plain(small_config(data, tmp_path / "one", epochs=2))
     one.train_dataloader.batch_size = 2 * BATCH
     Runner.from_cfg(one).train()
-    torch.set_num_threads(threads)
 
     two = plain(small_config(data, tmp_path / "two", epochs=2))
     (tmp_path / "two").mkdir()

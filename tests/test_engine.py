@@ -6,12 +6,11 @@ import os
 import random
 import re
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_support import CLASSES, ITERATIONS, differences, plain, run_python, small_config, write_pictures
+from engine_support import CLASSES, ITERATIONS, differences, plain, run_python, small_config
 from mmengine.logging import MessageHub
 from mmengine.runner import EpochBasedTrainLoop
 from timm.models import group_parameters
@@ -48,19 +47,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step
 
 LABEL_SMOOTHING = dict(type="LabelSmoothingCrossEntropy", smoothing=0.1)
 MICRO = dict(name="vmamba_micro", in_chans=1, dims=8, depths=(1, 1))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture

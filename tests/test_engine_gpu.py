@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import BATCH, EXACT, ITERATIONS, ROOT, differences, plain, run_python, small_config, write_pictures
+from engine_support import BATCH, EXACT, ITERATIONS, ROOT, differences, plain, run_python, small_config
 
 from vision_ssm.engine import Runner, read_training
 
@@ -13,11 +13,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

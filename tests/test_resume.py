@@ -5,8 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from engine_support import EXACT, ITERATIONS, differences, run_python, small_config, write_pictures
+from engine_support import EXACT, ITERATIONS, differences, run_python, small_config
 
 from vision_ssm import CheckpointError
 from vision_ssm.engine import Runner, read_training
@@ -35,19 +34,6 @@ sys.exit(train([sys.argv[1]]))
 """
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 def config(data: Path, work_dir: Path, workers: int = 0):
     cfg = small_config(data, work_dir, EPOCHS)
     cfg.default_hooks.checkpoint.update(every_iterations=EVERY, keep=20)
@@ -59,11 +45,8 @@ def config(data: Path, work_dir: Path, workers: int = 0):
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory) -> Path:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     work_dir = tmp_path_factory.mktemp("unbroken")
     Runner.from_cfg(config(data, work_dir)).train()
-    torch.set_num_threads(threads)
     return work_dir
 
 

@@ -14,7 +14,6 @@ from engine_support import (
     VAL_PER_CLASS,
     run_python,
     small_config,
-    write_pictures,
 )
 from PIL import Image
 
@@ -23,19 +22,6 @@ from vision_ssm.engine import commands, read_training
 from vision_ssm.engine.predict import Predictor, class_names, image_files
 
 TOOLS = ("train", "test", "predict", "list_models")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
