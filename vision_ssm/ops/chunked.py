@@ -127,14 +127,10 @@ class RowScan:
             yield slice(first, min(first + size, count))
 
     def total_decay(self, block: slice) -> Tensor | None:
-        """Decay over each whole chunk, (n, B, K, M, D), if there are several.
-
-        Kept finite, so that a state of 0 stays 0.
-        """
+        """Decay over each whole chunk, (n, B, K, M, D), if there are several."""
         if self.delta_sum is None:
             return None
-        total = torch.exp2(self.delta_sum * (self.A[block].squeeze(3) * _LOG2_E))
-        return total.clamp_(max=torch.finfo(total.dtype).max)
+        return (self.delta_sum * (self.A[block].squeeze(3) * _LOG2_E)).exp2_()
 
     def decay(self, block: slice, out: Tensor) -> Tensor:
         """Decay of each step, (n, B, K, S, M, D)."""

@@ -152,7 +152,7 @@ def backward(
     end = grad_final.to(heads.work).unflatten(1, (heads.groups, -1)).permute(0, 1, 4, 2, 3)
     grad_start = heads.carry(adjoint.unbind(1)[::-1], heads.total.unbind(1)[::-1], end)
 
-    # Across chunks: every factor exp(s) lies between a step's decay and the chunk's border.
+    # Across chunks: the start state decays up to a step i, what a step j adds decays from there to the chunk's end.
     leaving = heads.input * heads.decay_out
     from_start = (heads.C @ heads.states.flatten(-2)).view(grad_in.shape)
     to_end = (heads.B @ adjoint.flatten(-2)).view(grad_in.shape)

@@ -14,6 +14,7 @@ from ..ops import scan_2d, ssd
 from .routes import Routes, RouteTable
 
 _NORM_EPS = 1e-5
+_SSD_CHUNK = 32  # measured on a CPU: as fast as 16, a quarter faster than 64 at the head widths of these models
 
 
 def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
@@ -167,6 +168,7 @@ class SSDCore(RouteCore):
             D=self.D[table.routes].flatten(0, 1),
             dt_bias=self.dt_proj_bias[table.routes].flatten(),
             dt_softplus=True,
+            chunk_size=_SSD_CHUNK,
         )
         y = y.reshape(batch, steps, count, dim)
         merged = y.new_zeros(batch, length, dim)
