@@ -20,9 +20,16 @@ PROBE = (
 )
 
 
-def run(code, cwd, **env):
+def run(code, cwd, path=()):
+    """Output of `code` run in `cwd` with `path` before the PYTHONPATH of this process."""
+    search = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout.strip()
@@ -43,8 +50,8 @@ def test_packages_lists_every_folder():
 
 
 def test_from_the_source_tree_and_from_elsewhere(tmp_path):
-    assert run(PROBE, ROOT, PYTHONPATH=str(ROOT)).startswith("vision_ssm.kernels")
-    assert run(PROBE, tmp_path, PYTHONPATH=str(ROOT)).endswith(str(ROOT / "kernels" / "__init__.py"))
+    assert run(PROBE, ROOT, [ROOT]).startswith("vision_ssm.kernels")
+    assert run(PROBE, tmp_path, [ROOT]).endswith(str(ROOT / "kernels" / "__init__.py"))
 
 
 @pytest.mark.slow
