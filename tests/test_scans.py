@@ -112,6 +112,7 @@ def test_half_precision_stays_close_and_finite(dtype, core):
         (dict(act="swish"), "unknown activation 'swish'"),
         (dict(expand=0.0), r"expand \* dim must be at least 1"),
         (dict(core="ssd", dt_rank=3), "heads must divide the scanned width: 3 heads for 16 channels"),
+        (dict(conv_kernel=4), "conv_kernel must be odd, so that the map keeps its size, or at most 1; got 4"),
         (dict(dt_rank=0), "dt_rank is 'auto' or a positive whole number, got 0"),
         (dict(init="xavier"), "init is 'mamba', 'normal' or 'uniform', got 'xavier'"),
         (dict(core="ssd", init="mamba"), "init of the SSD core is 'normal' or 'uniform', got 'mamba'"),

@@ -122,7 +122,6 @@ def check_model(name: str, model: nn.Module, device: torch.device) -> None:
 
 def _step(model: nn.Module, images: torch.Tensor, train: bool, amp: torch.dtype | None) -> Callable[[], None]:
     device = images.device.type
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if train else None
 
     def forward() -> torch.Tensor:
         with torch.autocast(device, dtype=amp, enabled=amp is not None):
@@ -132,12 +131,16 @@ def _step(model: nn.Module, images: torch.Tensor, train: bool, amp: torch.dtype 
         with torch.inference_mode():
             forward()
 
+    if not train:
+        return infer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
     def update() -> None:
         optimizer.zero_grad(set_to_none=True)
         forward().float().square().mean().backward()
         optimizer.step()
 
-    return update if train else infer
+    return update
 
 
 def benchmark_models(

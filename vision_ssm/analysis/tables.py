@@ -1,7 +1,7 @@
 """Markdown tables made from the registries, so that no page can disagree with the code."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,7 +9,7 @@ from ..factory import create_model, find_family, list_models
 from ..scans import build_routes, describe_routes, describe_scan, list_routes, list_scans
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
     return "\n".join(lines)
 

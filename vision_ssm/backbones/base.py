@@ -1,7 +1,7 @@
 """What every backbone is and answers: written once, for all families."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers import DropPath, trunc_normal_
@@ -30,7 +30,7 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [rates[start : start + depth] for start, depth in zip(starts, depths)]
 
 
-def resolve_scan(scan: str | dict | bool | None, default: dict) -> dict | bool:
+def resolve_scan(scan: str | dict | Literal[False] | None, default: dict) -> dict | Literal[False]:
     """The scan of a block: `default`, another strategy, or `default` with some options replaced.
 
     A dict without ``type`` changes options of the variant's own strategy; a name or a dict with ``type`` replaces it;
@@ -62,7 +62,7 @@ class ScanBlock(nn.Module):
     def __init__(
         self,
         dim: int,
-        scan: dict | bool,
+        scan: dict | Literal[False],
         *,
         norm: str = "layer",
         mlp_ratio: float = 4.0,
@@ -155,6 +155,11 @@ class Backbone(nn.Module):
     published: ClassVar[dict[str, dict[str, Any]]]
     """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
 
+    stem: nn.Module
+    stages: nn.ModuleList
+    norm: nn.Module
+    head: nn.Module
+
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         """Constructor keywords for an original repository's hyperparameters and the keys of its state dict."""
@@ -211,7 +216,7 @@ class Backbone(nn.Module):
         self.out_indices = self._resolve_indices(self._requested_indices)
         self.out_norms = nn.ModuleDict()
         if self.features_only:
-            self.norm = self.head = nn.Identity()
+            self.norm, self.head = nn.Identity(), nn.Identity()
             del self.stages[self.out_indices[-1] + 1 :]  # later stages would get no gradient
             if self._wants_out_norm:
                 self.out_norms.update({str(i): get_norm(norm, dims[i]) for i in self.out_indices})
@@ -314,7 +319,7 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
         for module in self.modules():
-            if hasattr(module, "grad_checkpointing"):
+            if isinstance(module, Stage):
                 module.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:

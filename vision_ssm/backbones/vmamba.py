@@ -11,10 +11,11 @@ weights.
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from ..layers import ConvDownsample, ConvStem, PatchMerging, PatchStem, PositionTable
 from ..registry import suggest
@@ -63,7 +64,7 @@ class VMamba(Backbone):
         *,
         depths: Sequence[int] = (2, 2, 8, 2),
         dims: int | Sequence[int] = 96,
-        scan: str | dict | bool | None = None,
+        scan: str | dict | Literal[False] | None = None,
         patch_size: int = _PATCH_SIZE,
         stem: str = "conv",
         downsample: str = "conv3",
@@ -83,25 +84,28 @@ class VMamba(Backbone):
         dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         if len(dims) != len(depths):
             raise ValueError(f"dims and depths must have one entry per stage, got {dims} and {tuple(depths)}")
-        stems = {
+        stem_norm_name = norm if stem_norm else "none"
+        stems: dict[str, Callable[[], nn.Module]] = {
             "conv": lambda: ConvStem(self.in_chans, dims[0], patch_size, stem_norm_name),
             "patch": lambda: PatchStem(self.in_chans, dims[0], patch_size, stem_norm_name, remainder),
         }
-        downsamples = {
-            "merge": lambda *widths: PatchMerging(*widths, norm),
-            "conv2": lambda *widths: ConvDownsample(*widths, 2, norm, remainder),
-            "conv3": lambda *widths: ConvDownsample(*widths, 3, norm),
+        downsamples: dict[str, Callable[[int, int], nn.Module]] = {
+            "merge": lambda dim, out_dim: PatchMerging(dim, out_dim, norm),
+            "conv2": lambda dim, out_dim: ConvDownsample(dim, out_dim, 2, norm, remainder),
+            "conv3": lambda dim, out_dim: ConvDownsample(dim, out_dim, 3, norm),
         }
         for keyword, value, choices in (("stem", stem, stems), ("downsample", downsample, downsamples)):
             if value not in choices:
                 raise ValueError(f"unknown {keyword} {value!r}.{suggest(str(value), choices)}")
-        stem_norm_name = norm if stem_norm else "none"
         spec = resolve_scan(scan, _V2_SCAN)
         self.stem = stems[stem]()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if pos_embed:
-            self.pos_embed = PositionTable(dims[0], math.ceil(height / patch_size), math.ceil(width / patch_size))
-        self.stages = torch.nn.ModuleList()
+            cells = [
+                side // patch_size if remainder == "drop" else math.ceil(side / patch_size) for side in (height, width)
+            ]
+            self.pos_embed = PositionTable(dims[0], *cells)
+        self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             blocks = [
                 ScanBlock(
@@ -243,9 +247,9 @@ def convert_mixers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     for key in [key for key in converted if key.endswith("core.dt_proj_weight")]:
         prefix, routes = key.removesuffix("dt_proj_weight"), converted[key].shape[0]
         for leaf in ("A_log", "D"):
-            value = converted.get(prefix + leaf)
-            if value is not None and value.shape[0] % routes == 0 and value.shape[0] != routes:
-                converted[prefix + leaf] = value.unflatten(0, (routes, -1))  # (K*D, ...) -> (K, D, ...)
+            flat = converted.get(prefix + leaf)
+            if flat is not None and flat.shape[0] % routes == 0 and flat.shape[0] != routes:
+                converted[prefix + leaf] = flat.unflatten(0, (routes, -1))  # (K*D, ...) -> (K, D, ...)
     return converted
 
 

@@ -33,7 +33,7 @@ class _PathTable(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> str:  # type: ignore[override]  # no slices
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start:self._ends[index]].tobytes())
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from vision_ssm.registry import check_keywords
 
@@ -20,4 +20,4 @@ def strict_keywords(function: Function) -> Function:
             check_keywords(function, keywords, name)
         return function(*args, **keywords)
 
-    return call
+    return cast(Function, call)

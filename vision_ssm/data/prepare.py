@@ -54,7 +54,11 @@ class PrepareError(Exception):
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left:"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
         console=Console(stderr=True),
     )
 
@@ -104,7 +108,10 @@ def _digit_files(size: int) -> tuple[dict[str, Image.Image], str, str]:
     split = "".join(f"{path}\n" for path in sorted(files))
     readme = _DIGITS_README.format(
         resized="" if size == 8 else f" and enlarged to {size} x {size} (bicubic)",
-        train=int((~validation).sum()), val=int(validation.sum()), percent=100 * DIGITS_VAL_FRACTION, seed=DIGITS_SEED,
+        train=int((~validation).sum()),
+        val=int(validation.sum()),
+        percent=100 * DIGITS_VAL_FRACTION,
+        seed=DIGITS_SEED,
         size=size,
     )
     return files, split, readme
@@ -117,7 +124,10 @@ def _same_digits(out: Path, files: dict[str, Image.Image], split: str) -> bool:
             return False
         if sorted(path.relative_to(out).as_posix() for path in out.glob("*/*/*")) != sorted(files):
             return False
-        return all(np.array_equal(load_image(out / path, channels=1), image) for path, image in files.items())
+        return all(
+            np.array_equal(np.asarray(load_image(out / path, channels=1)), np.asarray(image))
+            for path, image in files.items()
+        )
     except (OSError, UnreadableImageError):
         return False
 
@@ -377,7 +387,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     digits.add_argument("out", metavar="OUT", help="folder to create")
     digits.add_argument(
-        "--size", type=_positive, default=DIGITS_SIZE,
+        "--size",
+        type=_positive,
+        default=DIGITS_SIZE,
         help=f"side in pixels; the 8 x 8 scans are enlarged bicubically (default {DIGITS_SIZE})",
     )
     digits.add_argument("--overwrite", action="store_true", help="replace digits of another size or an incomplete set")

@@ -58,7 +58,9 @@ def _size(input_size: Size) -> tuple[int, int]:
 
 
 def _statistics(
-    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    channels: int,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}")
@@ -165,7 +167,7 @@ def train_transform(
             hflip=_probability("hflip", hflip),
             vflip=_probability("vflip", vflip),
             auto_augment=auto_augment,
-            color_jitter=color_jitter,
+            color_jitter=color_jitter,  # type: ignore[arg-type]  # timm says float | tuple and takes these as well
             color_jitter_prob=color_jitter_prob,
             grayscale_prob=grayscale_prob,
             gaussian_blur_prob=gaussian_blur_prob,
@@ -230,12 +232,12 @@ def small_image_transform(
         raise ValueError(f"rotation and shear are largest angles in degrees, at least 0, got {rotation} and {shear}")
     _choice("padding_mode", padding_mode, PADDING_MODES)
     mode = str_to_interp_mode(_choice("interpolation", interpolation, INTERPOLATIONS))
-    zoom = _span("zoom", zoom)
+    scale = _span("zoom", zoom)
     steps: list[Transform] = [transforms.Resize(size, interpolation=mode)]
-    if rotation or shear or zoom != (1.0, 1.0):
+    if rotation or shear or scale != (1.0, 1.0):
         steps.append(
             transforms.RandomAffine(
-                rotation, scale=zoom, shear=shear or None, interpolation=str_to_interp_mode("bilinear"), fill=fill
+                rotation, scale=scale, shear=shear or None, interpolation=str_to_interp_mode("bilinear"), fill=fill
             )
         )
     if padding:
@@ -296,12 +298,14 @@ def plain_transform(
     interpolation: str = "bicubic",
 ) -> Transform:
     """Training without augmentation: resize so that the shorter side fits, then centre crop. Keywords as above."""
-    return eval_transform(
-        input_size, channels=channels, mean=mean, std=std, interpolation=interpolation, crop_pct=1.0
-    )
+    return eval_transform(input_size, channels=channels, mean=mean, std=std, interpolation=interpolation, crop_pct=1.0)
 
 
-TRAIN_POLICIES = {"imagenet": train_transform, "small": small_image_transform, "none": plain_transform}
+TRAIN_POLICIES: dict[str, Callable[..., Transform]] = {
+    "imagenet": train_transform,
+    "small": small_image_transform,
+    "none": plain_transform,
+}
 
 
 def build_transform(train: bool, input_size: Size = 224, *, policy: str | None = None, **options: Any) -> Transform:

@@ -1,7 +1,5 @@
 """The MLP of a block."""
 
-from functools import partial
-
 from timm.layers import GluMlp, Mlp
 from torch import nn
 
@@ -13,7 +11,7 @@ def build_mlp(dim: int, hidden_dim: int, act: str = "gelu", gated: bool = False,
 
     Parameters are named ``fc1`` (`dim` to `hidden_dim`, or twice that when gated) and ``fc2``.
     """
-    act_layer = partial(get_activation, act)
+    act_layer = type(get_activation(act))
     if gated:
         return GluMlp(dim, 2 * hidden_dim, act_layer=act_layer, gate_last=True, drop=dropout)
     return Mlp(dim, hidden_dim, act_layer=act_layer, drop=dropout)

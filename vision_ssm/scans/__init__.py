@@ -42,4 +42,4 @@ def list_scans() -> list[str]:
 
 def describe_scan(name: str) -> str:
     """First line of a strategy's documentation."""
-    return inspect.getdoc(SCANS.module_dict[name]).splitlines()[0]
+    return (inspect.getdoc(SCANS.module_dict[name]) or "").splitlines()[0]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import scan_2d, ssd
+from ..ops.scan_2d import scan_2d
+from ..ops.ssd import ssd
 from .routes import Routes, RouteTable
 
 _NORM_EPS = 1e-5
@@ -159,7 +160,7 @@ class SSDCore(RouteCore):
         segment = table.segment or steps
         walked = walked.reshape(batch * steps // segment, segment, count, -1)
         u, dt, b, c = walked.split([dim, self.heads, self.state_dim, self.state_dim], dim=-1)
-        y = ssd(
+        y: torch.Tensor = ssd(  # type: ignore[assignment]  # one tensor, as no final states are asked for
             u.reshape(-1, segment, count * self.heads, dim // self.heads),
             dt.reshape(-1, segment, count * self.heads),
             _decay_rate(self.A_log[table.routes]).flatten(),

@@ -48,7 +48,7 @@ class MultiDirectionScan(nn.Module):
             ``"auto"`` is ceil(dim / 16).
         routes: a route family (``"cross"``, ``dict(type="bidirectional", repeats=1)``, a list of families, ...).
         core: ``"s6"`` (Mamba) or ``"ssd"`` (Mamba-2).
-        conv_kernel: size of the depthwise convolution; 1 or less leaves it out.
+        conv_kernel: odd size of the depthwise convolution; 1 or less leaves it out.
         conv_bias: whether that convolution has a bias.
         act: activation after the convolution, and of the gate.
         gate: multiply the normalised output by a second half of the input projection.
@@ -88,6 +88,10 @@ class MultiDirectionScan(nn.Module):
         inner = int(expand * dim)
         if inner < 1:
             raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")
+        if conv_kernel > 1 and conv_kernel % 2 == 0:
+            raise ValueError(
+                f"conv_kernel must be odd, so that the map keeps its size, or at most 1; got {conv_kernel}"
+            )
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
         self.conv = (
