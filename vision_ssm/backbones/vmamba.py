@@ -146,7 +146,7 @@ class VMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS) - {"use_checkpoint"})
+        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS) - _WITHOUT_EFFECT)
         if unknown:
             hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
             raise ValueError(f"unknown hyperparameters of an original VMamba: {', '.join(unknown)}.{hints}")
@@ -308,6 +308,7 @@ def official_scan(forward_type: str, *, init: str = "v0", **options: Any) -> dic
     return {"type": "multi_direction", **options, "init": init, **switches}
 
 
+_WITHOUT_EFFECT = {"use_checkpoint", "pretrained"}  # of the original's hyperparameters, on what the weights compute
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     patch_size=4,
     in_chans=3,
