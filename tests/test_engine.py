@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from engine_support import CLASSES, ITERATIONS, differences, plain, run_python, small_config
+from engine_support import CLASSES, ITERATIONS, differences, plain, run_python, runs_are_exact, small_config
 from mmengine.logging import MessageHub
 from mmengine.runner import EpochBasedTrainLoop
 from timm.models import group_parameters
@@ -537,6 +537,7 @@ def test_run_writes_everything_a_person_wants(data, tmp_path):
     assert differences(averaged["backbone.head.weight"], raw["module.backbone.head.weight"])
 
 
+@runs_are_exact
 def test_same_seed_same_run_and_another_seed_another(data, tmp_path):
     finals = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -550,6 +551,7 @@ def test_same_seed_same_run_and_another_seed_another(data, tmp_path):
     assert not torch.equal(finals[0]["history"]["iterations"][:, 1], finals[2]["history"]["iterations"][:, 1])
 
 
+@runs_are_exact
 def test_loop_trains_like_that_of_mmengine(data, tmp_path):
     """The position in the epoch costs nothing: without noise our loop gives mmengine's weights."""
     weights = []

@@ -5,8 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
-from engine_support import EXACT, ITERATIONS, differences, run_python, small_config
+from engine_support import EXACT, ITERATIONS, differences, run_python, runs_are_exact, small_config
 
 from vision_ssm import CheckpointError
 from vision_ssm.engine import Runner, read_training
@@ -57,7 +56,7 @@ def resumed(cfg) -> dict:
     return read_training(Path(cfg.work_dir) / f"epoch_{EPOCHS}.pth")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU only deterministic runs are exact: test_engine_gpu.py")
+@runs_are_exact
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_run_resumes_to_identical_weights_and_curve(workers, data, unbroken, tmp_path):
     cfg = config(data, tmp_path, workers)
@@ -79,6 +78,7 @@ def test_killed_run_resumes_to_identical_weights_and_curve(workers, data, unbrok
         assert differences(final[part], expected[part], part) == []
 
 
+@runs_are_exact
 def test_resume_between_training_and_validation_of_an_epoch(data, unbroken, tmp_path):
     """The checkpoint of an epoch is written before its validation, which a resumed run has to make up for."""
     shutil.copy(unbroken / "epoch_2.pth", tmp_path)
