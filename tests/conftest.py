@@ -9,6 +9,23 @@ import pytest
 import torch
 from engine_support import write_pictures
 
+from vision_ssm import kernels
+
+
+def _interpret_kernels():
+    """Without a GPU, define every Triton kernel for Triton's interpreter, which a test then chooses (see `interpreter`).
+
+    Triton decides at import; afterwards the variable is taken back, so that other tests run what users run.
+    """
+    os.environ["TRITON_INTERPRET"] = "1"
+    for op in kernels.MODULES:
+        kernels.find(op)
+    del os.environ["TRITON_INTERPRET"]
+
+
+if not torch.cuda.is_available():
+    _interpret_kernels()
+
 
 @pytest.fixture(autouse=True)
 def _same_start():
@@ -21,3 +38,11 @@ def _same_start():
 def data(tmp_path_factory):
     """Folder of small pictures of three classes in ImageNet layout; not to be changed."""
     return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """CPU tensors run the Triton kernels, in Triton's interpreter."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels were defined for the GPU, where test_gpu_kernels.py runs them")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")

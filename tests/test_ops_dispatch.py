@@ -59,7 +59,7 @@ def test_cpu_default_is_silent(op):
 
 
 def test_unknown_operator():
-    with pytest.raises(ValueError, match="unknown operator 'scan_3d'; known: selective_scan, scan_2d, ssd"):
+    with pytest.raises(ValueError, match="unknown operator 'scan_3d'; known: selective_scan, scan_2d, ssd, depth"):
         select_backend(torch.zeros(1), "scan_3d")
 
 

@@ -12,7 +12,7 @@ import vision_ssm.kernels as kernels
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
-OPERATORS = ("selective_scan", "scan_2d", "ssd")
+OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm")
 
 _warned: set[tuple[str, str]] = set()
 
@@ -47,7 +47,7 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
 
     Args:
         tensor: the first input of the operator; its device and dtype count.
-        op: "selective_scan", "scan_2d" or "ssd".
+        op: one of `OPERATORS`.
 
     Raises:
         ValueError: unknown `op`, or VISION_SSM_BACKEND names no backend.

@@ -5,6 +5,11 @@ An implementation of an operator (the chunked path, a kernel module) is anything
 - ``forward(*inputs)`` returns the tensors that the schema names;
 - ``backward(*gradients of the outputs, *inputs)`` returns the gradients of the floating-point inputs that are given,
   as a dict from the names in the schema, in any floating dtype.
+
+An operator may also keep tensors from its forward pass for its backward pass. Then its last argument is ``bool save``,
+and an implementation that keeps something has a third function, ``empty_saved(*inputs)``, which allocates those
+tensors; its ``forward`` returns them behind the outputs, and its ``backward`` takes them between the gradients and the
+inputs. They are empty, (0,), where `save` is false or the implementation keeps nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +35,11 @@ def _takes_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def wants_gradient(*values: Any) -> bool:
+    """Whether a backward pass may follow: gradients are on and some tensor of `values` asks for them."""
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
 def register_operator(
     name: str,
     arguments: str,
@@ -37,6 +47,7 @@ def register_operator(
     chunked: Implementation,
     fake: Callable[..., Any],
     flops: Callable[..., int],
+    saved: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Define the operators ``vision_ssm::{name}`` and ``vision_ssm::{name}_backward``.
 
@@ -47,33 +58,46 @@ def register_operator(
         chunked: the implementation for every device without a kernel.
         fake: gives empty outputs for inputs without data.
         flops: gives the FLOPs of the forward operator for its inputs, tensors replaced by shapes.
+        saved: names of the tensors that are kept for the backward pass; not to be used by callers.
 
     Returns:
-        The forward operator.
+        The forward operator; its result is a tuple if there is more than one tensor in `returns` and `saved`.
     """
 
     def implementation(tensor: Tensor) -> Implementation:
         return kernels.find(name) if select_backend(tensor, name).name == "triton" else chunked
 
-    def run(*inputs: Any) -> Any:
-        with torch.autocast(inputs[0].device.type, enabled=False):
-            outputs = implementation(inputs[0]).forward(*inputs)
-        if isinstance(outputs, Tensor):
-            return outputs.contiguous()
-        return tuple(output.contiguous() for output in outputs)
+    def empty_saved(inputs: Sequence[Any]) -> list[Tensor]:
+        allocate = getattr(implementation(inputs[0]), "empty_saved", None)
+        if allocate is not None and inputs[-1]:
+            return list(allocate(*inputs))
+        return [inputs[0].new_empty(0) for _ in saved]
 
-    def run_backward(*gradients_and_inputs: Any) -> list[Tensor]:
-        inputs = gradients_and_inputs[len(returns) :]
+    def run(*inputs: Any) -> Any:
+        chosen = implementation(inputs[0])
         with torch.autocast(inputs[0].device.type, enabled=False):
-            gradients = implementation(inputs[0]).backward(*gradients_and_inputs)
+            outputs = chosen.forward(*inputs)
+        results = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        if len(results) == len(returns):
+            results += [inputs[0].new_empty(0) for _ in saved]
+        results = [result.contiguous() for result in results]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def run_backward(*everything: Any) -> list[Tensor]:
+        inputs = everything[len(returns) + len(saved) :]
+        chosen = implementation(inputs[0])
+        if not hasattr(chosen, "empty_saved"):
+            everything = (*everything[: len(returns)], *inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            gradients = chosen.backward(*everything)
         return [
             gradients[argument].to(value.dtype).contiguous()
             for argument, value in zip(names, inputs)
             if _takes_gradient(value)
         ]
 
-    outgoing = ", ".join(f"Tensor {output}" for output in returns)
-    incoming = ", ".join(f"Tensor grad_{output}" for output in returns)
+    outgoing = ", ".join(f"Tensor {output}" for output in (*returns, *saved))
+    incoming = ", ".join([*(f"Tensor grad_{output}" for output in returns), *(f"Tensor saved_{kept}" for kept in saved)])
     forward = torch.library.custom_op(
         f"vision_ssm::{name}", run, mutates_args=(), schema=f"({arguments}) -> ({outgoing})"
     )
@@ -81,21 +105,34 @@ def register_operator(
         f"vision_ssm::{name}_backward", run_backward, mutates_args=(), schema=f"({incoming}, {arguments}) -> Tensor[]"
     )
     names = [argument.name for argument in forward._opoverload._schema.arguments]
-    forward.register_fake(fake)
+
+    @forward.register_fake
+    def fake_forward(*inputs: Any) -> Any:
+        outputs = fake(*inputs)
+        if not saved:
+            return outputs
+        return (*([outputs] if isinstance(outputs, Tensor) else outputs), *empty_saved(inputs))
 
     @backward.register_fake
-    def fake_backward(*gradients_and_inputs: Any) -> list[Tensor]:
-        inputs = gradients_and_inputs[len(returns) :]
+    def fake_backward(*everything: Any) -> list[Tensor]:
+        inputs = everything[len(returns) + len(saved) :]
         return [value.new_empty(value.shape) for value in inputs if _takes_gradient(value)]
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        kept = output[len(returns) :] if saved else ()
+        ctx.shapes = [(value.shape, value.dtype) for value in ([output] if isinstance(output, Tensor) else output)]
+        ctx.save_for_backward(*kept, *(value for value in inputs if isinstance(value, Tensor)))
         ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+        ctx.set_materialize_grads(False)  # the kept tensors have none
 
-    def differentiate(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        inputs = [next(tensors) if kept is None else kept[0] for kept in ctx.inputs]
-        results = iter(backward(*gradients, *inputs))
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept, tensors = ctx.saved_tensors[: len(saved)], iter(ctx.saved_tensors[len(saved) :])
+        inputs = [next(tensors) if value is None else value[0] for value in ctx.inputs]
+        given = [
+            inputs[0].new_zeros(shape, dtype=dtype) if gradient is None else gradient
+            for gradient, (shape, dtype) in zip(gradients, ctx.shapes[: len(returns)])
+        ]
+        results = iter(backward(*given, *kept, *inputs))
         return tuple(next(results) if _takes_gradient(value) else None for value in inputs)
 
     forward.register_autograd(differentiate, setup_context=setup_context)
@@ -106,6 +143,6 @@ def register_operator(
 
     @register_flop_formula(getattr(torch.ops.vision_ssm, f"{name}_backward"))
     def backward_flops(*shapes: Any, **_: Any) -> int:
-        return 2 * flops(*shapes[len(returns) :])
+        return 2 * flops(*shapes[len(returns) + len(saved) :])
 
     return forward
