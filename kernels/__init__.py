@@ -7,7 +7,11 @@ import importlib
 from typing import Any
 
 # Operator -> module of this package with the functions `forward` and `backward`, see `vision_ssm.ops.registration`.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {
+    "scan_2d": "scan_2d",
+    "layer_norm": "layer_norm",
+    "depthwise_conv": "depthwise_conv",
+}
 
 
 def find(op: str) -> Any | None:

@@ -7,17 +7,17 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
-from engine_support import write_pictures
-
-from vision_ssm import kernels
 
 
 def _interpret_kernels():
-    """Without a GPU, define every Triton kernel for Triton's interpreter, which a test then chooses (see `interpreter`).
+    """Without a GPU, define Triton's own functions and every kernel for Triton's interpreter.
 
-    Triton decides at import; afterwards the variable is taken back, so that other tests run what users run.
+    Triton decides when a function is defined, so this comes before any other import of it. Afterwards the variable is
+    taken back: other tests run what users run, and a test that wants kernels asks for the fixture `interpreter`.
     """
     os.environ["TRITON_INTERPRET"] = "1"
+    from vision_ssm import kernels
+
     for op in kernels.MODULES:
         kernels.find(op)
     del os.environ["TRITON_INTERPRET"]
@@ -25,6 +25,8 @@ def _interpret_kernels():
 
 if not torch.cuda.is_available():
     _interpret_kernels()
+
+from engine_support import write_pictures  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
     "ssd": (ssd, ssd_reference),
 }
 # Parameters that models keep in float32 whatever the activations are.
-PARAMETERS = {"A", "D", "delta_bias", "dt_bias", "dt_weight", "initial_states"}
+PARAMETERS = {"A", "D", "delta_bias", "dt_bias", "dt_weight", "initial_states", "norm_weight", "norm_bias"}
 
 
 def fresh_seed() -> int:
@@ -78,8 +78,14 @@ def scan_2d_inputs(
     segment: int | None = None,
     skip: bool = True,
     bias: bool = True,
+    norm: bool = False,
+    per_route: bool = False,
+    merge: bool = True,
 ) -> dict[str, Any]:
-    """Keyword arguments of `scan_2d`; rank None gives full step sizes, `steps` truncates the routes."""
+    """Keyword arguments of `scan_2d`.
+
+    Rank None gives full step sizes, `steps` truncates the routes, `per_route` gives each route a map of its own.
+    """
     length = size[0] * size[1]
     cells = torch.arange(length).view(size)
     if routes == "cross":
@@ -90,14 +96,17 @@ def scan_2d_inputs(
     read = read[:, :steps].contiguous()
     count = read.shape[0]
     inputs = {
-        "x": torch.randn(batch, length, dim),
+        "x": torch.randn(batch, length, count, dim) if per_route else torch.randn(batch, length, dim),
         "delta": torch.randn(batch, length, count, dim if rank is None else rank),
         "A": -0.1 - torch.rand(count, dim, states),
         "B": torch.randn(batch, length, count, states),
         "C": torch.randn(batch, length, count, states),
         "read": read,
         "segment": segment,
+        "merge": merge,
     }
+    if norm:
+        inputs["norm_weight"], inputs["norm_bias"] = torch.randn(dim), torch.randn(dim)
     if rank is not None:
         inputs["dt_weight"] = torch.randn(count, dim, rank) / rank
     if write:

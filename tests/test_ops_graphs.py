@@ -10,7 +10,10 @@ from vision_ssm.ops.flops import scan_2d_flops, selective_scan_flops, ssd_flops
 
 ARGUMENTS = {
     "selective_scan": ["u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus"],
-    "scan_2d": ["x", "delta", "A", "B", "C", "D", "read", "write", "dt_weight", "dt_bias", "delta_softplus", "segment"],
+    "scan_2d": [
+        *("x", "delta", "A", "B", "C", "D", "read", "write", "dt_weight", "dt_bias", "norm_weight", "norm_bias"),
+        *("norm_eps", "delta_softplus", "segment", "merge", "save"),
+    ],
     "ssd": ["x", "dt", "A", "B", "C", "D", "dt_bias", "initial_states", "dt_softplus", "chunk_size"],
 }
 VARIANTS = [
@@ -18,6 +21,8 @@ VARIANTS = [
     ("selective_scan", dict(groups=2, skip=False, bias=False, softplus=False)),
     ("scan_2d", dict(write=True)),
     ("scan_2d", dict(rank=None, skip=False, bias=False, segment=4)),
+    ("scan_2d", dict(norm=True)),
+    ("scan_2d", dict(norm=True, per_route=True, merge=False)),
     ("ssd", {}),
     ("ssd", dict(skip=None, bias=False, initial=False)),
 ]
@@ -30,7 +35,8 @@ def _fresh_inputs():
 
 def arguments(op, options, requires_grad=True):
     """Inputs in the order of the schema."""
-    inputs = {"delta_softplus": True} | INPUTS[op](**options)
+    defaults = {"delta_softplus": True, "norm_eps": 1e-5, "merge": True, "save": requires_grad}
+    inputs = defaults | INPUTS[op](**options)
     return [
         value.requires_grad_(requires_grad) if is_float(value) else value for value in map(inputs.get, ARGUMENTS[op])
     ]

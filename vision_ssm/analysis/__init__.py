@@ -1,6 +1,26 @@
-"""Looking at models from outside: how fast they are, and tables of what there is."""
+"""Looking at models from outside: how fast they and their operators are, and tables of what there is."""
 
-from .benchmark import BenchmarkError, Measurement, benchmark_models, describe_machine
+from .benchmark import Measurement, ModelSettings, benchmark_models
+from .benchmark_ops import CASES, OperatorMeasurement, OperatorSettings, benchmark_operator, find_cases
+from .sweep import Point, sweep_models, sweep_operators
 from .tables import fill_tables
+from .timing import BenchmarkError, Timing, copy_bandwidth, describe_machine
 
-__all__ = ["BenchmarkError", "Measurement", "benchmark_models", "describe_machine", "fill_tables"]
+__all__ = [
+    "CASES",
+    "BenchmarkError",
+    "Measurement",
+    "ModelSettings",
+    "OperatorMeasurement",
+    "OperatorSettings",
+    "Point",
+    "Timing",
+    "benchmark_models",
+    "benchmark_operator",
+    "copy_bandwidth",
+    "describe_machine",
+    "fill_tables",
+    "find_cases",
+    "sweep_models",
+    "sweep_operators",
+]

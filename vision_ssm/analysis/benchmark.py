@@ -4,30 +4,73 @@ Models take turns, so that whatever else the machine does hits all of them alike
 """
 
 import copy
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import vision_ssm
 
 from ..backbones.base import Backbone
-from ..ops import select_backend
+from .timing import (
+    WARMUP,
+    BenchmarkError,
+    GraphedStep,
+    RecordingError,
+    allocated,
+    describe_backends,
+    first_line,
+    fits_in_memory,
+    on_device,
+    peak_memory,
+    release_memory,
+    synchronize,
+    time_in_turns,
+    use_backend,
+    used_backends,
+)
 
 _CHECK_SIZE = (64, 96)  # small, not square: the reference operators loop over every cell
 _TOLERANCE = 1e-4
-_WARMUP = 3
+_GRADIENT_TOLERANCE = 1e-3  # rounding of the forward pass is amplified on the way back
+_FAULTS = (RuntimeError, ValueError, AssertionError)
+# Of logits in the precision that is timed. Other kernels round elsewhere, and a deep network makes 1e-2 of that in
+# bfloat16; what is computed wrongly differs by far more.
+_STEP_TOLERANCE = {None: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
-class BenchmarkError(RuntimeError):
-    """A model that must not be timed, because what it computes is wrong."""
+@dataclass(frozen=True)
+class ModelSettings:
+    """How models are timed.
+
+    Attributes:
+        size: height and width of the images, which are random.
+        batch: images per step.
+        device: where to run.
+        train: time a training step (forward, cross-entropy on random labels, backward, AdamW) instead of inference.
+        amp: autocast dtype; None for float32.
+        repeats: timed steps per model, after warm-up.
+        warmup: steps before.
+        channels_last: give images and weights that memory format.
+        compile: run the models through `torch.compile`.
+        graph: replay a CUDA graph of the inference.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    batch: int = 1
+    device: torch.device = torch.device("cpu")
+    train: bool = False
+    amp: torch.dtype | None = None
+    repeats: int = 20
+    warmup: int = WARMUP
+    channels_last: bool = False
+    compile: bool = False
+    graph: bool = False
 
 
 @dataclass
@@ -36,196 +79,219 @@ class Measurement:
 
     Attributes:
         name: the model, with ``timm:`` in front of timm's.
-        backend: implementation of the scan in use, or "-" for models without one.
+        size, batch: of the images.
+        backend: implementation of our operators in use, or "-" for models without any.
+        reason: why nothing faster is in use; "" if there is nothing, or no operator of ours.
         parameters: number of parameters.
-        median, lower, upper: median and quartiles of the repetitions.
+        median, lower, upper: median and quartiles of the repetitions; None if there is a note.
         images_per_second: batch size over the median.
-        peak_memory: bytes allocated at most on the GPU; None on the CPU.
+        peak_memory: bytes allocated at most during a step, with weights, gradients, optimizer state and images, but
+            without what other models hold; None on the CPU.
+        note: why there are no times; "" if there are.
     """
 
     name: str
-    backend: str
-    parameters: int
-    median: float
-    lower: float
-    upper: float
-    images_per_second: float
-    peak_memory: int | None
-
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def describe_machine(device: torch.device) -> dict[str, str]:
-    """What a figure depends on beside the code: device, threads, versions, TF32."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-        "tf32": str(torch.backends.cuda.matmul.allow_tf32 if device.type == "cuda" else False),
-    }
+    size: tuple[int, int]
+    batch: int
+    backend: str = "-"
+    reason: str = ""
+    parameters: int = 0
+    median: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    images_per_second: float | None = None
+    peak_memory: int | None = None
+    note: str = ""
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def build_model(name: str, **settings) -> nn.Module:
-    """One of our models by name, or one of timm's as ``timm:NAME``."""
-    if name.startswith("timm:"):
-        return timm.create_model(name.removeprefix("timm:"), **settings)
-    return vision_ssm.create_model(name, **settings)
-
-
-@contextmanager
-def _reference_operators():
-    before = os.environ.get("VISION_SSM_BACKEND")
-    os.environ["VISION_SSM_BACKEND"] = "reference"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["VISION_SSM_BACKEND"]
-        else:
-            os.environ["VISION_SSM_BACKEND"] = before
-
-
-def check_model(name: str, model: nn.Module, device: torch.device) -> None:
-    """Compare a model of ours with itself on the reference operators, in float32, on a small image.
+def build_model(name: str, size: tuple[int, int] = (224, 224)) -> nn.Module:
+    """One of our models by name, or one of timm's as ``timm:NAME``, for images of `size`.
 
     Raises:
-        BenchmarkError: the logits differ.
+        KeyError: no such model; the message suggests some.
+    """
+    if not name.startswith("timm:"):
+        return vision_ssm.create_model(name)
+    theirs = name.removeprefix("timm:")
+    if not timm.is_model(theirs):
+        close = vision_ssm.registry.suggest(theirs, timm.list_models())
+        raise KeyError(f"timm has no model {theirs!r}.{close}")
+    config = timm.models.get_pretrained_cfg(theirs)
+    fixed = config is not None and config.fixed_input_size
+    return timm.create_model(theirs, img_size=size) if fixed else timm.create_model(theirs)
+
+
+def check_model(
+    name: str, model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None, gradients: bool = False
+) -> None:
+    """Compare a model of ours with itself on the reference operators, on a small image.
+
+    Args:
+        name: what messages call it.
+        model: the model; it is not changed. Models of others have no reference and pass.
+        device: where to run.
+        amp: autocast dtype to compare the logits in, after float32.
+        gradients: compare the gradients of all parameters too, in float32.
+
+    Raises:
+        BenchmarkError: logits or gradients differ.
     """
     if not isinstance(model, Backbone):
         return
     twin = copy.deepcopy(model).float().eval()
     image = torch.randn(1, model.in_chans, *_CHECK_SIZE, device=device)
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        have = twin(image)
-        with _reference_operators():
-            want = twin(image)
-    error = ((have - want).norm() / want.norm()).item()
-    if not error < _TOLERANCE:
+    logits, have = _logits_and_gradients(twin, image, gradients)
+    half = None if amp is None else _inference(twin, image, amp)()
+    with use_backend("reference"):
+        exact_logits, want = _logits_and_gradients(twin, image, gradients)
+        exact_half = None if amp is None else _inference(twin, image, amp)()
+    _demand(name, "logits are", _distance(logits, exact_logits), _TOLERANCE)
+    # what is small beside all other gradients is rounding of them
+    floor = 1e-6 * max((gradient.norm() for gradient in want.values()), default=torch.zeros(()))
+    for key, exact in want.items():
+        _demand(name, f"gradient of {key} is", _distance(have[key], exact, floor), _GRADIENT_TOLERANCE)
+    if half is not None and exact_half is not None:
+        precision = str(amp).removeprefix("torch.")
+        _demand(name, f"{precision} logits are", _distance(half, exact_half), _STEP_TOLERANCE[amp])
+
+
+def _logits_and_gradients(model: nn.Module, image: Tensor, gradients: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a mean square of the logits; in float32."""
+    with torch.autocast(image.device.type, enabled=False), torch.set_grad_enabled(gradients):
+        logits = model(image)
+        if not gradients:
+            return logits, {}
+        parameters = dict(model.named_parameters())
+        found = torch.autograd.grad(logits.square().mean(), list(parameters.values()))
+    return logits.detach(), dict(zip(parameters, found))
+
+
+def _distance(have: Tensor, want: Tensor, floor: Tensor | float = 0.0) -> float:
+    have, want = have.float(), want.float()
+    return ((have - want).norm() / (want.norm() + floor)).item()
+
+
+def _demand(
+    name: str, subject: str, error: float, tolerance: float, reference: str = "the reference operators'"
+) -> None:
+    if not error < tolerance:  # so that NaN is an error too
         raise BenchmarkError(
-            f"{name} is not timed: its logits are {error:.1e} away from the reference operators'"
-            f" (allowed {_TOLERANCE:.0e}); run the operator tests first"
+            f"{name} is not timed: its {subject} {error:.1e} away from {reference} (allowed {tolerance:.0e}); "
+            "run the operator tests first"
         )
 
 
-def _step(model: nn.Module, images: torch.Tensor, train: bool, amp: torch.dtype | None) -> Callable[[], None]:
-    device = images.device.type
-
-    def forward() -> torch.Tensor:
-        with torch.autocast(device, dtype=amp, enabled=amp is not None):
-            return model(images)
-
-    def infer() -> None:
-        with torch.inference_mode():
-            forward()
-
-    if not train:
-        return infer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-
-    def update() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        forward().float().square().mean().backward()
-        optimizer.step()
-
-    return update
+@dataclass
+class _Contender:
+    row: Measurement
+    step: Callable[[], Any] | None = None
 
 
-def benchmark_models(
-    names: Sequence[str],
-    *,
-    size: tuple[int, int] = (224, 224),
-    batch: int = 1,
-    device: str | torch.device = "cpu",
-    train: bool = False,
-    amp: torch.dtype | None = None,
-    repeats: int = 20,
-    channels_last: bool = False,
-) -> list[Measurement]:
+def benchmark_models(names: Sequence[str], settings: ModelSettings, *, check: bool = True) -> list[Measurement]:
     """Time models in turns.
 
     Args:
         names: ours by name, timm's as ``timm:NAME``.
-        size: height and width of the images, which are random.
-        batch: images per step.
-        device: where to run.
-        train: time a training step (forward, backward, AdamW) instead of inference.
-        amp: autocast dtype; None for float32.
-        repeats: timed steps per model, after warm-up.
-        channels_last: give images and weights that memory format.
+        settings: how to time them.
+        check: compare models of ours with their reference operators first.
+
+    Returns:
+        One row per model. One that ran out of memory or cannot be recorded, and one of timm's that cannot run, has a
+        note instead of times.
 
     Raises:
-        BenchmarkError: a model of ours computes something else than its reference.
+        KeyError: unknown model.
+        BenchmarkError: a model of ours computes something else than its reference, a compiled or recorded model
+            something else than the plain one, or the settings do not go together.
     """
-    device = torch.device(device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    images = torch.randn(batch, 3, *size, device=device).contiguous(memory_format=layout)
-    steps: dict[str, Callable[[], None]] = {}
-    models: dict[str, nn.Module] = {}
-    for name in names:
-        model = build_model(name).to(device)
-        check_model(name, model, device)
-        if channels_last:
-            model = model.to(memory_format=layout)
-        models[name] = model.train(train)
-        steps[name] = _step(model, images, train, amp)
-    for step in steps.values():
-        for _ in range(_WARMUP):
+    device = settings.device
+    if settings.graph and device.type != "cuda":
+        raise BenchmarkError(f"CUDA graphs need a CUDA device, not {device}")
+    if settings.graph and settings.train:
+        raise BenchmarkError("CUDA graphs are for inference; time training steps without")
+    if settings.compile:
+        torch.compiler.reset()  # or graphs of other sizes would make sizes symbolic
+    contenders = {name: _Contender(Measurement(name, settings.size, settings.batch)) for name in dict.fromkeys(names)}
+    release_memory(device)
+    with on_device(device):
+        for contender in contenders.values():
+            try:
+                fits = _prepare(contender, settings, check)
+            except _FAULTS as error:
+                # a model of others may refuse a size, and any a recording; the rest of the models goes on
+                if not isinstance(error, RecordingError) and not contender.row.name.startswith("timm:"):
+                    raise
+                contender.row.note = first_line(error)
+            else:
+                contender.row.note = "" if fits else "out of memory"
+        steps = {name: contender.step for name, contender in contenders.items() if contender.step is not None}
+        timings = time_in_turns(steps, device, settings.repeats)
+    rows = []
+    for name, contender in contenders.items():
+        if name in timings:
+            time = timings[name]
+            rate = settings.batch / time.median
+            rows.append(replace(contender.row, **vars(time), images_per_second=rate))
+        else:
+            rows.append(replace(contender.row, note=contender.row.note or "out of memory"))
+    return rows
+
+
+def _prepare(contender: _Contender, settings: ModelSettings, check: bool) -> bool:
+    """Build, check and warm up a model; False if the GPU has not enough memory for it."""
+    row, device = contender.row, settings.device
+    model = build_model(row.name, settings.size)
+    row.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def prepare() -> None:
+        before = allocated(device)
+        model.to(device)
+        if check:
+            check_model(row.name, model, device, amp=settings.amp, gradients=settings.train)
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        model.to(memory_format=layout)  # type: ignore[call-overload]
+        images = torch.randn(settings.batch, 3, *settings.size, device=device).contiguous(memory_format=layout)
+        plain = _inference(model.eval(), images, settings.amp)
+        one = _inference(model, images[:1], settings.amp)
+        row.backend, row.reason = describe_backends(used_backends(one))
+        model.train(settings.train)
+        runner: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if settings.compile else model
+        make: Callable[..., Callable[[], Any]] = partial(_training, model) if settings.train else _inference
+        step = make(runner, images, settings.amp)
+        for _ in range(settings.warmup):
             step()
-    peaks = {name: _peak_memory(step, device) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(_seconds(step, device))
-    return [_summary(name, models[name], times[name], batch, images, peaks[name]) for name in names]
+        synchronize(device)
+        row.peak_memory = peak_memory(step, device, before)
+        if settings.graph:
+            step = GraphedStep(step, device)
+        if not settings.train and (settings.graph or settings.compile):
+            wanted = plain().clone()
+            error = _distance(step(), wanted)
+            _demand(row.name, "output is", error, _STEP_TOLERANCE[settings.amp], "that of the plain model")
+        contender.step = step
+
+    return fits_in_memory(prepare, device)
 
 
-def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+def _inference(model: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dtype | None) -> Callable[[], Tensor]:
+    def infer() -> Tensor:
+        with torch.inference_mode(), torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+            return model(images)
+
+    return infer
 
 
-def _peak_memory(step: Callable[[], None], device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+def _training(
+    model: nn.Module, runner: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dtype | None
+) -> Callable[[], None]:
+    labels = torch.randint(0, model.num_classes, images.shape[:1], device=images.device)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda)
 
+    def update() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
+            loss = F.cross_entropy(runner(images), labels)
+        loss.backward()
+        optimizer.step()
 
-def _summary(
-    name: str, model: nn.Module, times: list[float], batch: int, images: torch.Tensor, peak: int | None
-) -> Measurement:
-    lower, median, upper = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-    return Measurement(
-        name=name,
-        backend=select_backend(images, "scan_2d").name if isinstance(model, Backbone) else "-",
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        median=median,
-        lower=lower,
-        upper=upper,
-        images_per_second=batch / median,
-        peak_memory=peak,
-    )
+    return update

@@ -109,6 +109,7 @@ class _Routes:
         dt_bias: Tensor | None,
         delta_softplus: bool,
         segment: int | None,
+        merge: bool,
     ):
         steps = read.shape[1]
         self.layout = Layout.choose(segment or steps, steps // (segment or steps))
@@ -118,9 +119,10 @@ class _Routes:
             None if value is None else value.to(self.work) for value in (D, dt_weight, dt_bias)
         )
         self.read, self.write, self.delta_softplus = read, read if write is None else write, delta_softplus
+        self.shared, self.merge = x.dim() == 3, merge
 
     def blocks(self) -> Iterator[tuple[slice, slice, slice]]:
-        batch, _, dim = self.x.shape
+        batch, dim = self.x.shape[0], self.x.shape[-1]
         return cut_blocks(batch, self.read.shape[0], dim, self.layout.rows, chunked.block_elements(self.x.device))
 
     def plans(self, routes: slice) -> tuple[_Plan, _Plan]:
@@ -135,6 +137,13 @@ class _Routes:
         rows = scratch(name, (images * index.numel(), width), values)
         torch.index_select(values, 0, _for_images(index, images, len(values) // images), out=rows)
         return rows.view(images, -1, self.layout.steps, self.layout.columns, width)
+
+    def x_rows(self, images: slice, routes: slice, channels: slice) -> Tensor:
+        """The map, or each route's own, at the steps: (b, k, S, M, d)."""
+        plan = self.plans(routes)[0]
+        if self.shared:
+            return self.rows("x", self.x[images, :, channels], plan.positions)
+        return self.rows("x", self.x[images, :, routes, channels], plan.pointwise)
 
     def low_rank(self, images: slice, routes: slice) -> Tensor:
         """Projections at the steps, (b, k, S * M, R)."""
@@ -165,7 +174,7 @@ class _Routes:
             delta = softplus_(delta)
         self.layout.zero_padding(delta)
         return RowScan(
-            self.rows("x", self.x[images, :, channels], read.positions),
+            self.x_rows(images, routes, channels),
             delta,
             self.A[routes, channels],
             self.rows("B", self.B[images, :, routes], read.pointwise),
@@ -175,14 +184,39 @@ class _Routes:
         )
 
 
-def forward(x: Tensor, *inputs: Any) -> Tensor:
-    """Arguments of `_Routes`. Returns (B, L, D), float32 (float64 for float64 x)."""
-    scan = _Routes(x, *inputs)
-    out = scan.x.new_empty(x.shape)
+def empty_saved(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum before the norm, its mean and reciprocal deviation, both empty without a norm; no states."""
+    read, norm_weight, merge = inputs[5], inputs[9], inputs[14]
+    nothing = x.new_empty(0)
+    if norm_weight is None:
+        return nothing, nothing.clone(), nothing.clone()
+    out = x.new_empty(_output_shape(x, read, merge), dtype=work_dtype(x))
+    return out, out.new_empty(*out.shape[:-1], 2), nothing
+
+
+def _output_shape(x: Tensor, read: Tensor, merge: bool) -> tuple[int, ...]:
+    return (*x.shape[:2], x.shape[-1]) if merge else (*x.shape[:2], read.shape[0], x.shape[-1])
+
+
+def forward(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    """Arguments of the operator. Returns the output and, if there is something to keep, what `empty_saved` allocates."""
+    scan = _Routes(x, *inputs[:9], *inputs[12:15])
+    norm_weight, norm_bias, norm_eps, save = *inputs[9:12], inputs[15]
+    out = scan.x.new_empty(_output_shape(x, scan.read, scan.merge))
     for images, routes, channels in scan.blocks():
         y = scan.scan(images, routes, channels).forward()[0]
-        _collect(out[images, :, channels], scan.plans(routes)[1].merged.sum(y), routes.start == 0)
-    return out
+        bags = scan.plans(routes)[1]
+        if scan.merge:
+            _collect(out[images, :, channels], bags.merged.sum(y), routes.start == 0)
+        else:
+            target = out[images, :, routes, channels]
+            target.copy_(bags.by_route.sum(y).view(target.shape))
+    if norm_weight is None:
+        return (out, *(empty_saved(x, *inputs) if save else ()))
+    bias = None if norm_bias is None else norm_bias.to(scan.work)
+    normed, mean, scale = torch.native_layer_norm(out, out.shape[-1:], norm_weight.to(scan.work), bias, norm_eps)
+    saved = (out, torch.cat([mean, scale], dim=-1), x.new_empty(0)) if save else ()
+    return (normed.to(x.dtype), *saved)
 
 
 def _collect(target: Tensor, part: Tensor, first: bool) -> None:
@@ -192,17 +226,31 @@ def _collect(target: Tensor, part: Tensor, first: bool) -> None:
         target.add_(part)
 
 
-def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
-    """Gradients of x, delta, A, B, C and, if given, D, dt_weight, dt_bias, by these names, in the dtype of the work."""
-    scan = _Routes(x, *inputs)
+def backward(
+    grad_out: Tensor, total: Tensor, statistics: Tensor, states: Tensor, x: Tensor, *inputs: Any
+) -> dict[str, Tensor]:
+    """Gradients of all floating-point inputs that are given, by name, in the dtype of the work."""
+    scan = _Routes(x, *inputs[:9], *inputs[12:15])
     grad_out = grad_out.to(scan.work)
+    norm_weight, norm_bias = inputs[9:11]
     given = {"A": scan.A, "D": scan.D, "dt_weight": scan.dt_weight, "dt_bias": scan.dt_bias}
     grads = {name: torch.zeros_like(value) for name, value in given.items() if value is not None}
+    if norm_weight is not None:
+        if not inputs[15]:  # forward kept nothing
+            _, total, statistics, states = forward(x, *inputs[:15], True)
+        mean, scale = statistics.split(1, dim=-1)
+        norm_weight, bias = norm_weight.to(scan.work), None if norm_bias is None else norm_bias.to(scan.work)
+        grad_out, grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
+            grad_out, total, total.shape[-1:], mean, scale, norm_weight, bias, [True, True, bias is not None]
+        )
     for name in ("x", "delta", "B", "C"):
         grads[name] = torch.empty_like(getattr(scan, name), memory_format=torch.contiguous_format)
     for images, routes, channels in scan.blocks():
         read, write = scan.plans(routes)
-        grad_y = scan.rows("grad_y", grad_out[images, :, channels], write.positions)
+        if scan.merge:
+            grad_y = scan.rows("grad_y", grad_out[images, :, channels], write.positions)
+        else:
+            grad_y = scan.rows("grad_y", grad_out[images, :, routes, channels], write.pointwise)
         scan.layout.zero_padding(grad_y)
         part = scan.scan(images, routes, channels).backward(grad_y, None)
         if scan.delta_softplus:
@@ -218,10 +266,14 @@ def backward(grad_out: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
             delta, weight = part["delta"].flatten(2, 3), scan.dt_weight[routes, channels]  # (b, k, S * M, d), (k, d, R)
             grads["dt_weight"][routes, channels] += (scan.low_rank(images, routes).mT @ delta).sum(0).mT
             part["delta"] = (weight.mT @ delta.mT).mT.reshape(*part["B"].shape[:-1], -1)
-        _collect(grads["x"][images, :, channels], read.merged.sum(part["x"]), routes.start == 0)
-        for name in ("delta", "B", "C"):
+        if scan.shared:
+            _collect(grads["x"][images, :, channels], read.merged.sum(part["x"]), routes.start == 0)
+        for name in ("delta", "B", "C", "x"):
+            if name == "x" and scan.shared:
+                continue
             target = grads[name][images, :, routes]
-            whole = name != "delta" or scan.dt_weight is not None  # not cut into channels
-            target = target if whole else target[..., channels]
-            _collect(target, read.by_route.sum(part[name]).view(target.shape), not whole or channels.start == 0)
+            by_channel = name == "x" or (name == "delta" and scan.dt_weight is None)
+            target = target[..., channels] if by_channel else target
+            first = by_channel or channels.start == 0
+            _collect(target, read.by_route.sum(part[name]).view(target.shape), first)
     return grads

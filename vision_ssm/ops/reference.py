@@ -75,14 +75,20 @@ def scan_2d_reference(
     write: Tensor | None = None,
     dt_weight: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
     delta_softplus: bool = True,
     segment: int | None = None,
+    merge: bool = True,
 ) -> Tensor:
     """Scan of a map along K routes, merged; see :func:`vision_ssm.ops.scan_2d` for the arguments."""
-    batch, length, dim = x.shape
     routes, steps = read.shape
-    work = _work_dtype(x)
+    work, given = _work_dtype(x), x.dtype
     x, delta, A, B, C = (tensor.to(work) for tensor in (x, delta, A, B, C))
+    if x.dim() == 3:
+        x = x.unsqueeze(2).expand(-1, -1, routes, -1)
+    batch, length, _, dim = x.shape
     if dt_weight is not None:
         delta = torch.einsum("blkr,kdr->blkd", delta, dt_weight.to(work))
     if dt_bias is not None:
@@ -91,9 +97,9 @@ def scan_2d_reference(
         delta = F.softplus(delta)
     read = read.long()
     write = read if write is None else write.long()
-    out = x.new_zeros(batch, length, dim)
+    outs = []
     for k in range(routes):
-        walked = (x[:, read[k]], *(tensor[:, read[k], k] for tensor in (delta, B, C)))  # (batch, steps, ...)
+        walked = tuple(tensor[:, read[k], k] for tensor in (x, delta, B, C))  # (batch, steps, ...)
         ys = []
         for t, (value, step, b, c) in enumerate(zip(*(tensor.unbind(1) for tensor in walked))):
             if t % (segment or steps) == 0:
@@ -101,8 +107,12 @@ def scan_2d_reference(
             state = torch.exp(step[..., None] * A[k]) * state + (step * value)[..., None] * b[:, None]
             y = (state * c[:, None]).sum(-1)
             ys.append(y if D is None else y + D[k].to(work) * value)
-        out = out.index_add(1, write[k], torch.stack(ys, dim=1))
-    return out
+        outs.append(x.new_zeros(batch, length, dim).index_add(1, write[k], torch.stack(ys, dim=1)))
+    out = sum(outs) if merge else torch.stack(outs, dim=2)
+    if norm_weight is None:
+        return out
+    bias = None if norm_bias is None else norm_bias.to(work)
+    return F.layer_norm(out, (dim,), norm_weight.to(work), bias, norm_eps).to(given)
 
 
 def ssd_reference(

@@ -90,14 +90,19 @@ def register_operator(
             everything = (*everything[: len(returns)], *inputs)
         with torch.autocast(inputs[0].device.type, enabled=False):
             gradients = chosen.backward(*everything)
-        return [
-            gradients[argument].to(value.dtype).contiguous()
-            for argument, value in zip(names, inputs)
-            if _takes_gradient(value)
-        ]
+        results: dict[int, Tensor] = {}
+        for argument, value in zip(names, inputs):
+            if _takes_gradient(value):
+                result = gradients[argument].to(value.dtype).contiguous()
+                memory = result.untyped_storage().data_ptr()
+                # outputs of an operator may not share memory, as parts of one sum do
+                results[memory if memory not in results else -len(results) - 1] = (
+                    result.clone() if memory in results else result
+                )
+        return list(results.values())
 
     outgoing = ", ".join(f"Tensor {output}" for output in (*returns, *saved))
-    incoming = ", ".join([*(f"Tensor grad_{output}" for output in returns), *(f"Tensor saved_{kept}" for kept in saved)])
+    incoming = ", ".join([f"Tensor grad_{output}" for output in returns] + [f"Tensor saved_{kept}" for kept in saved])
     forward = torch.library.custom_op(
         f"vision_ssm::{name}", run, mutates_args=(), schema=f"({arguments}) -> ({outgoing})"
     )

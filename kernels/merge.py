@@ -1,0 +1,145 @@
+"""Adds up what routes leave behind: outputs of steps at positions, gradients of projections, with a layer norm."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .route_plan import Bags
+
+_UNROLLED = 16  # rows per target up to which the loop over them is unrolled
+
+
+@triton.jit
+def _merge_kernel(
+    steps, rows, offsets, out, total, statistics, weight, bias, targets, step_rows, eps,
+    count, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * TARGETS + tl.arange(0, TARGETS)
+    d = tl.arange(0, BLOCK)
+    inside = (t < targets)[:, None] & (d < DIM)[None, :]
+    if offsets is None:
+        start = t * count
+        end = start + count
+    else:
+        start = tl.load(offsets + t, mask=t < targets, other=0)
+        end = tl.load(offsets + t + 1, mask=t < targets, other=0)
+    steps += image * step_rows * DIM
+    y = tl.zeros([TARGETS, BLOCK], tl.float32)
+    if COUNT > 0:
+        for j in tl.static_range(COUNT):
+            used = (t < targets) & (start + j < end)
+            row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
+            y += tl.load(steps + row[:, None] * DIM + d[None, :], mask=used[:, None] & inside, other=0.0).to(tl.float32)
+    else:
+        for j in range(count):
+            used = (t < targets) & (start + j < end)
+            row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
+            y += tl.load(steps + row[:, None] * DIM + d[None, :], mask=used[:, None] & inside, other=0.0).to(tl.float32)
+    place = (image * targets + t)[:, None] * DIM + d[None, :]
+    if weight is not None:
+        if total is not None:
+            stored = y.to(total.dtype.element_ty)
+            tl.store(total + place, stored, mask=inside)
+            y = stored.to(tl.float32)  # backward sees the same sum
+        mean = tl.sum(y, 1) / DIM
+        centred = tl.where((d < DIM)[None, :], y - mean[:, None], 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, 1) / DIM + eps)
+        if total is not None:
+            tl.store(statistics + (image * targets + t) * 2, mean, mask=t < targets)
+            tl.store(statistics + (image * targets + t) * 2 + 1, scale, mask=t < targets)
+        gain = tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)
+        y = centred * scale[:, None] * gain[None, :]
+        if bias is not None:
+            y += tl.load(bias + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+
+
+def merge(
+    steps: Tensor,
+    bags: Bags,
+    out: Tensor,
+    *,
+    total: Tensor | None = None,
+    statistics: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Add up the rows of every target, and normalise the sum over channels if `weight` is given.
+
+    Args:
+        steps: (B, rows, D), contiguous.
+        bags: which rows belong to which target.
+        out: (B, targets, D), contiguous; receives the result.
+        total: like `out`; receives the sum before the norm, if given.
+        statistics: (B * targets, 2) float32; receives mean and reciprocal deviation, if `total` is given.
+        weight, bias, eps: of the layer norm.
+    """
+    batch, targets, dim = out.shape
+    if not out.numel():
+        return
+    block = triton.next_power_of_2(dim)
+    group = max(1, 2048 // block)  # elements of a program
+    grid = (triton.cdiv(targets, group), batch)
+    _merge_kernel[grid](
+        steps, bags.rows, bags.offsets, out, total, statistics, weight, bias, targets, steps.shape[1], eps,
+        bags.uniform, COUNT=bags.uniform if bags.uniform <= _UNROLLED else 0, DIM=dim, BLOCK=block, TARGETS=group,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _projections_kernel(
+    parts, rows, offsets, low_rank, B, C, targets, step_rows, blocks, part_size, count,
+    RANK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
+):  # fmt: skip
+    width: tl.constexpr = RANK + 2 * STATES
+    image = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(0) * TARGETS + tl.arange(0, TARGETS)
+    c = tl.arange(0, BLOCK)
+    if offsets is None:
+        start = t * count
+        end = start + count
+    else:
+        start = tl.load(offsets + t, mask=t < targets, other=0)
+        end = tl.load(offsets + t + 1, mask=t < targets, other=0)
+    parts += image * step_rows * width
+    inside = (t < targets)[:, None] & (c < width)[None, :]
+    sums = tl.zeros([TARGETS, BLOCK], tl.float32)
+    for j in range(count):
+        used = (t < targets) & (start + j < end)
+        row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
+        source = parts + row[:, None] * width + c[None, :]
+        for _ in range(blocks):
+            sums += tl.load(source, mask=used[:, None] & inside, other=0.0)
+            source += part_size
+    row = (image * targets + t)[:, None]
+    if RANK > 0:
+        tl.store(low_rank + row * RANK + c[None, :], sums.to(low_rank.dtype.element_ty), mask=inside & (c < RANK)[None, :])
+    of_b = inside & (c >= RANK)[None, :] & (c < RANK + STATES)[None, :]
+    tl.store(B + row * STATES + (c - RANK)[None, :], sums.to(B.dtype.element_ty), mask=of_b)
+    of_c = inside & (c >= RANK + STATES)[None, :]
+    tl.store(C + row * STATES + (c - RANK - STATES)[None, :], sums.to(C.dtype.element_ty), mask=of_c)
+
+
+def merge_projections(parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Tensor, C: Tensor) -> None:
+    """Add up gradients of projections over blocks of channels and over the steps of every position.
+
+    Args:
+        parts: (blocks, images, rows, R + 2N) float32, contiguous.
+        bags: which rows belong to which position and route.
+        low_rank: (images, L, K, R), receives the first columns; None if R is 0.
+        B, C: (images, L, K, N), receive the others.
+    """
+    blocks, images, rows, width = parts.shape
+    targets = B.shape[1] * B.shape[2]
+    if not B.numel():
+        return
+    block = triton.next_power_of_2(width)
+    group = max(1, 1024 // block)
+    _projections_kernel[(triton.cdiv(targets, group), images)](
+        parts, bags.rows, bags.offsets, low_rank, B, C, targets, rows, blocks, parts.stride(0), bags.uniform,
+        RANK=width - 2 * B.shape[3], STATES=B.shape[3], BLOCK=block, TARGETS=group, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,518 @@
+"""Scan of a channel-last map along routes: forward and backward, with the routes merged at the end.
+
+The work is the recurrence of Mamba (arXiv 2312.00752) along the routes of VMamba (arXiv 2401.10166), as
+`vision_ssm.ops.scan_2d` defines it. One program walks one route of one image for a block of channels, a lane per
+channel, a tile of steps at a time: it gathers whole rows of channels, forms the step sizes of the tile with one matrix
+product from their low-rank form, and runs the recurrence in registers. Outputs are written step after step, and
+`merge` adds up the routes. Backward walks the tiles from the end, starting each from the state that forward kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .merge import merge, merge_projections
+from .route_plan import plan
+from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rows_of, softplus_log2, softplus_slope, tile_of
+
+_INT32_LIMIT = 2**31 - 1
+
+
+@triton.jit(do_not_specialize=["stride_ad", "stride_an"])
+def _forward_kernel(
+    x, delta, A, B, C, D, weight, bias, positions, y, states,
+    stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
+    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_ad, stride_an, padded,
+    ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    pid = tl.program_id(0)
+    block = pid % blocks
+    segment = (pid // blocks) % SEGMENTS
+    k = (pid // (blocks * SEGMENTS)) % ROUTES
+    image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
+    line = (k * SEGMENTS + segment).to(tl.int64)
+
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    inside = d < DIM
+    mask = tl.zeros([CHANNELS], tl.int32) == 0 if DIM % CHANNELS == 0 else inside
+    n = tl.arange(0, STATE_BLOCK)
+    if STATES == 1:
+        decay_rate = tl.load(A + (k * DIM + d) * stride_ad, mask=mask, other=0.0)  # [CHANNELS]
+        h = tl.zeros([CHANNELS], tl.float32)
+    else:
+        some = (n < STATES)[:, None] & inside[None, :]
+        decay_rate = tl.load(A + (k * DIM + d)[None, :] * stride_ad + n[:, None] * stride_an, mask=some, other=0.0)
+        h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
+    skip = 0.0 if D is None else tl.load(D + k * DIM + d, mask=mask, other=0.0)
+    shift = 0.0 if bias is None else tl.load(bias + k * DIM + d, mask=mask, other=0.0) * LOG2_E
+    x += image * stride_xb + k * stride_xk + d
+    B += image * stride_bb + k * stride_bk
+    C += image * stride_cb + k * stride_ck
+    delta += image * stride_pb + k * stride_pk
+    if RANK > 0:
+        r = tl.arange(0, RANK_BLOCK)
+        expand = tl.load(
+            weight + (k * DIM + d)[None, :] * RANK + r[:, None], mask=inside[None, :] & (r < RANK)[:, None], other=0.0
+        ) * LOG2_E  # [RANK_BLOCK, CHANNELS]
+    else:
+        delta += d
+    positions += line * padded
+    y += (image * ROUTES * SEGMENTS + line) * padded * DIM + d
+    if KEEP > 0:
+        states += (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, KEEP * TILE) * STATES * DIM + d
+
+    for first in range(0, padded, TILE):
+        if KEEP > 0:
+            if first % (KEEP * TILE) == 0:
+                if STATES == 1:
+                    tl.store(states, h, mask=mask)
+                else:
+                    tl.store(states[None, :] + n[:, None] * DIM, h, mask=some)
+                states += STATES * DIM
+        if RANK > 0:
+            i = tl.load(positions + first + tl.arange(0, TILE))
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            low_rank = tl.load(
+                delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0
+            )  # [TILE, RANK_BLOCK]
+        xs = ()
+        bs = ()
+        cs = ()
+        vs = ()
+        for j in tl.static_range(TILE):
+            i = tl.load(positions + first + j)
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
+            b = delta + i * stride_pl + RANK if PACKED else B + i * stride_bl
+            c = b + STATES if PACKED else C + i * stride_cl
+            if STATES == 1:
+                bs = bs + (tl.load(b),)
+                cs = cs + (tl.load(c),)
+            else:
+                bs = bs + (tl.load(b + n, mask=n < STATES, other=0.0),)
+                cs = cs + (tl.load(c + n, mask=n < STATES, other=0.0),)
+            if RANK == 0:
+                vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
+        if RANK > 0:
+            v = precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32))
+            vs = rows_of(v, TILE, CHANNELS)
+        for j in tl.static_range(TILE):
+            step = vs[j] + shift
+            if SOFTPLUS:
+                step = softplus_log2(step, EXACT)
+            value = xs[j].to(tl.float32)
+            b = bs[j].to(tl.float32) * LN_2
+            c = cs[j].to(tl.float32)
+            if STATES == 1:
+                h = tl.exp2(step * decay_rate) * h + (step * value) * b
+                out = h * c
+            else:
+                h = tl.exp2(step[None, :] * decay_rate) * h + (step * value)[None, :] * b[:, None]
+                out = tl.sum(h * c[:, None], 0)
+            out += skip * value
+            tl.store(y + j * DIM, out.to(y.dtype.element_ty), mask=mask)
+        y += TILE * DIM
+
+
+@triton.jit
+def _backward_kernel(
+    x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
+    grad_x, grad_delta, parts, sums, grad_weight,
+    stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
+    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk, padded, part_size,
+    ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Backward of one state per channel; all of a tile's states stay in registers."""
+    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    width: tl.constexpr = RANK + 2
+    pid = tl.program_id(0)
+    block = pid % blocks
+    segment = (pid // blocks) % SEGMENTS
+    k = (pid // (blocks * SEGMENTS)) % ROUTES
+    image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
+    line = (k * SEGMENTS + segment).to(tl.int64)
+    walk = image * ROUTES * SEGMENTS + line
+
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    inside = d < DIM
+    mask = tl.zeros([CHANNELS], tl.int32) == 0 if DIM % CHANNELS == 0 else inside
+    place = k * DIM + d
+    decay_rate = tl.load(A + place, mask=mask, other=0.0)
+    skip = 0.0 if D is None else tl.load(D + place, mask=mask, other=0.0)
+    shift = 0.0 if bias is None else tl.load(bias + place, mask=mask, other=0.0) * LOG2_E
+    # float16 would not hold every gradient, and the interpreter cuts bfloat16 off instead of rounding
+    low = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 and not INTERPRETED else tl.float32
+    column = tl.arange(0, COLUMNS)
+    to_b = tl.where((column == RANK)[None, :] & (d >= 0)[:, None], 1.0, 0.0).to(low)  # [CHANNELS, COLUMNS]
+    to_c = tl.where((column == RANK + 1)[None, :] & (d >= 0)[:, None], 1.0, 0.0).to(low)
+    x += image * stride_xb + k * stride_xk + d
+    B += image * stride_bb + k * stride_bk
+    C += image * stride_cb + k * stride_ck
+    delta += image * stride_pb + k * stride_pk
+    grad += image * stride_gb + k * stride_gk + d
+    if RANK > 0:
+        r = tl.arange(0, RANK_BLOCK)
+        some = inside[None, :] & (r < RANK)[:, None]
+        expand = tl.load(weight + place[None, :] * RANK + r[:, None], mask=some, other=0.0) * LOG2_E
+        some = inside[:, None] & (column < RANK)[None, :]
+        contract = tl.load(weight + place[:, None] * RANK + column[None, :], mask=some, other=0.0).to(low)
+        sum_weight = tl.zeros([RANK_BLOCK, CHANNELS], tl.float32)
+    else:
+        delta += d
+        grad_delta += (walk * padded + padded) * DIM + d
+    positions += line * padded + padded
+    written += line * padded + padded
+    grad_x += (walk * padded + padded) * DIM + d
+    states += (walk + 1) * (padded // TILE) * DIM + d
+    parts += block * part_size + (walk * padded + padded + tl.arange(0, TILE)[:, None]) * width + column[None, :]
+
+    back = tl.zeros([CHANNELS], tl.float32)  # gradient of the state, carried one step back
+    sum_decay = tl.zeros([CHANNELS], tl.float32)
+    sum_skip = tl.zeros([CHANNELS], tl.float32)
+    sum_shift = tl.zeros([CHANNELS], tl.float32)
+    for _ in range(0, padded, TILE):
+        positions -= TILE
+        written -= TILE
+        states -= DIM
+        grad_x -= TILE * DIM
+        parts -= TILE * width
+        if RANK > 0:
+            i = tl.load(positions + tl.arange(0, TILE))
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+        else:
+            grad_delta -= TILE * DIM
+        xs = ()
+        bs = ()
+        cs = ()
+        vs = ()
+        dys = ()
+        for j in tl.static_range(TILE):
+            i = tl.load(positions + j)
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
+            b = delta + i * stride_pl + RANK if PACKED else B + i * stride_bl
+            c = b + 1 if PACKED else C + i * stride_cl
+            bs = bs + (tl.load(b),)
+            cs = cs + (tl.load(c),)
+            if RANK == 0:
+                vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
+            o = tl.load(written + j)
+            if TAIL:
+                source = tl.maximum(o, 0)
+                source = source.to(tl.int64) if WIDE else source.to(tl.uint32)
+                dy = tl.load(grad + source * stride_gl, mask=mask, other=0.0).to(tl.float32)
+                dys = dys + (tl.where(o >= 0, dy, 0.0),)  # steps behind the end have no output
+            else:
+                source = o.to(tl.int64) if WIDE else o.to(tl.uint32)
+                dys = dys + (tl.load(grad + source * stride_gl, mask=mask, other=0.0),)
+        if RANK > 0:
+            v = precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32))
+            vs = rows_of(v, TILE, CHANNELS)
+        h = tl.load(states, mask=mask, other=0.0)
+        hs = ()
+        steps = ()
+        decays = ()
+        for j in tl.static_range(TILE):
+            step = vs[j] + shift
+            if SOFTPLUS:
+                step = softplus_log2(step, EXACT)
+            decay = tl.exp2(step * decay_rate)
+            h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j].to(tl.float32) * LN_2)
+            hs = hs + (h,)
+            steps = steps + (step,)
+            decays = decays + (decay,)
+        slopes = ()
+        of_b = ()
+        of_c = ()
+        for j in tl.static_range(TILE - 1, -1, -1):
+            value = xs[j].to(tl.float32)
+            b = bs[j].to(tl.float32)
+            dy = dys[j].to(tl.float32)
+            g = dy * cs[j].to(tl.float32) + back
+            back = decays[j] * g
+            remembered = hs[j] - (steps[j] * value) * (b * LN_2)  # the state of the step before, decayed
+            exponent = g * remembered  # gradient of step size times decay rate
+            gv = g * value
+            slope = decay_rate * exponent + gv * b  # gradient of the step size
+            if SOFTPLUS:
+                slope *= softplus_slope(vs[j] + shift, steps[j], EXACT)
+            tl.store(grad_x + j * DIM, (g * (b * LN_2) * steps[j] + skip * dy).to(grad_x.dtype.element_ty), mask=mask)
+            if RANK == 0:
+                tl.store(grad_delta + j * DIM, slope.to(grad_delta.dtype.element_ty), mask=mask)
+            sum_decay += exponent * steps[j]
+            sum_skip += dy * value
+            sum_shift += slope
+            slopes = (slope,) + slopes
+            of_b = (gv * steps[j],) + of_b
+            of_c = (dy * hs[j],) + of_c
+        columns = dot(tile_of(of_b, 0, TILE, CHANNELS).to(low), to_b, tl.zeros([TILE, COLUMNS], tl.float32))
+        columns = columns * LN_2
+        columns = dot(tile_of(of_c, 0, TILE, CHANNELS).to(low), to_c, columns)
+        if RANK > 0:
+            slope = tile_of(slopes, 0, TILE, CHANNELS).to(low)
+            columns = dot(slope, contract, columns)
+            sum_weight = dot(tl.trans(low_rank).to(low), slope, sum_weight)
+        tl.store(parts, columns, mask=(column < width)[None, :] & (tl.arange(0, TILE) >= 0)[:, None])
+    sums += walk * 3 * DIM + d
+    tl.store(sums, sum_decay * LN_2, mask=mask)
+    tl.store(sums + DIM, sum_skip, mask=mask)
+    tl.store(sums + 2 * DIM, sum_shift, mask=mask)
+    if RANK > 0:
+        some = inside[None, :] & (r < RANK)[:, None]
+        tl.store(grad_weight + (walk * DIM + d)[None, :] * RANK + r[:, None], sum_weight, mask=some)
+
+
+class _Work(NamedTuple):
+    """Sizes of a call, and how it is cut."""
+
+    images: int
+    length: int
+    routes: int
+    segments: int
+    steps: int
+    dim: int
+    states: int
+    rank: int
+    keep: int
+
+    @property
+    def padded(self) -> int:
+        return -(-self.steps // _TILE) * _TILE
+
+    @property
+    def rows(self) -> int:
+        return self.routes * self.segments * self.padded
+
+
+_TILE = 16
+
+
+def _work(x: Tensor, delta: Tensor, A: Tensor, read: Tensor, dt_weight: Tensor | None, segment: int | None) -> _Work:
+    routes, total = read.shape
+    steps = segment or total
+    states = A.shape[2]
+    rank = 0 if dt_weight is None else delta.shape[3]
+    keep = 1 if states == 1 else 4
+    return _Work(x.shape[0], x.shape[1], routes, total // steps, steps, x.shape[-1], states, rank, keep)
+
+
+def _step_dtype(x: Tensor) -> torch.dtype:
+    """Of what is kept per step and route. float16 could overflow where the sum of all routes is normalised."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _route_strides(x: Tensor) -> tuple[int, int, int]:
+    """Of images, positions and routes; a map (B, L, D) is shared by all routes."""
+    return (*x.stride()[:2], x.stride(2) if x.dim() == 4 else 0)
+
+
+class _Call:
+    """Inputs of a call as the kernels take them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        read: Tensor,
+        write: Tensor | None,
+        dt_weight: Tensor | None,
+        dt_bias: Tensor | None,
+        delta_softplus: bool,
+        segment: int | None,
+    ):
+        self.work = work = _work(x, delta, A, read, dt_weight, segment)
+        self.x, self.delta, self.B, self.C = (_rows_contiguous(value) for value in (x, delta, B, C))
+        self.A, self.D, self.weight, self.bias = (
+            None if value is None else value.float().contiguous() for value in (A, D, dt_weight, dt_bias)
+        )
+        self.softplus = delta_softplus
+        self.read = plan(read, work.segments, _TILE, work.length)
+        self.write = self.read if write is None else plan(write, work.segments, _TILE, work.length)
+        packed = work.rank > 0 and self.delta.stride()[:3] == self.B.stride()[:3] == self.C.stride()[:3]
+        item = self.delta.element_size() * self.delta.shape[3]
+        self.packed = (
+            packed
+            and self.delta.dtype == self.B.dtype == self.C.dtype
+            and self.B.data_ptr() == self.delta.data_ptr() + item
+            and self.C.data_ptr() == self.B.data_ptr() + self.B.element_size() * work.states
+        )
+        largest = max(
+            value.stride(1) * work.length + value.shape[2:].numel() for value in (self.x, self.delta, self.B, self.C)
+        )
+        self.wide = max(largest, work.padded * work.dim * work.states) > _INT32_LIMIT
+
+    def strides(self) -> tuple[int, ...]:
+        return (
+            *_route_strides(self.x), *self.delta.stride()[:3], *self.B.stride()[:3], *self.C.stride()[:3],
+        )  # fmt: skip
+
+    def constants(self, channels: int) -> dict:
+        work = self.work
+        return dict(
+            ROUTES=work.routes,
+            SEGMENTS=work.segments,
+            DIM=work.dim,
+            RANK=work.rank,
+            RANK_BLOCK=max(16, triton.next_power_of_2(work.rank)),
+            CHANNELS=channels,
+            TILE=_TILE,
+            SOFTPLUS=self.softplus,
+            EXACT=self.x.dtype == torch.float32,
+            WIDE=self.wide,
+            PACKED=self.packed,
+            num_warps=1,
+        )
+
+
+def _forward_channels(work: _Work) -> int:
+    return 64 if work.states == 1 and work.dim % 64 == 0 else 32
+
+
+def _scan(call: _Call, states: Tensor | None) -> Tensor:
+    """Outputs of every step, (B, rows, D); fills `states`."""
+    work = call.work
+    y = call.x.new_empty(work.images, work.rows, work.dim, dtype=_step_dtype(call.x))
+    channels = _forward_channels(work)
+    grid = work.images * work.routes * work.segments * triton.cdiv(work.dim, channels)
+    if grid:
+        _forward_kernel[(grid,)](
+            call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
+            *call.strides(), *call.A.stride()[1:], work.padded,
+            STATES=work.states, STATE_BLOCK=triton.next_power_of_2(work.states),
+            KEEP=0 if states is None else work.keep, **call.constants(channels),
+        )  # fmt: skip
+    return y
+
+
+def _empty_states(x: Tensor, work: _Work) -> Tensor:
+    kept = triton.cdiv(work.padded, work.keep * _TILE)
+    return x.new_empty(work.images, work.routes * work.segments, kept, work.states, work.dim, dtype=torch.float32)
+
+
+def empty_saved(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor, write: Tensor | None,
+    dt_weight: Tensor | None, dt_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum before the norm, its mean and reciprocal deviation, and the states between tiles of steps."""
+    states = _empty_states(x, _work(x, delta, A, read, dt_weight, segment))
+    if norm_weight is None:
+        return x.new_empty(0), x.new_empty(0), states
+    shape = _output_shape(x, read, merged)
+    total = x.new_empty(shape, dtype=_step_dtype(x))
+    return total, x.new_empty(*shape[:-1], 2, dtype=torch.float32), states
+
+
+def _output_shape(x: Tensor, read: Tensor, merged: bool) -> tuple[int, ...]:
+    if merged:
+        return (*x.shape[:2], x.shape[-1])
+    return (*x.shape[:2], read.shape[0], x.shape[-1])
+
+
+def forward(
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor, write: Tensor | None,
+    dt_weight: Tensor | None, dt_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """See `vision_ssm.ops.scan_2d`. Returns the output and, if `save`, what `empty_saved` allocates."""
+    call = _Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
+    saved: tuple[Tensor, ...] = ()
+    if save:
+        saved = empty_saved(
+            x, delta, A, B, C, D, read, write, dt_weight, dt_bias, norm_weight, norm_bias, norm_eps, delta_softplus,
+            segment, merged, save,
+        )  # fmt: skip
+    steps = _scan(call, saved[2] if save else None)
+    normed = norm_weight is not None
+    out = x.new_empty(_output_shape(x, read, merged), dtype=x.dtype if normed else torch.float32)
+    merge(
+        steps,
+        call.write.merged if merged else call.write.by_route,
+        out.view(x.shape[0], -1, x.shape[-1]),
+        total=saved[0] if save and normed else None,
+        statistics=saved[1] if save and normed else None,
+        weight=norm_weight,
+        bias=norm_bias,
+        eps=norm_eps,
+    )
+    return (out, *saved)
+
+
+def backward(
+    grad: Tensor, total: Tensor, statistics: Tensor, states: Tensor,
+    x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor, write: Tensor | None,
+    dt_weight: Tensor | None, dt_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
+    norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Gradients of all floating-point inputs that are given, by name."""
+    call = _Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
+    if not save:  # forward kept nothing
+        inputs = (x, delta, A, B, C, D, read, write, dt_weight, dt_bias, norm_weight, norm_bias, norm_eps)
+        _, total, statistics, states = forward(*inputs, delta_softplus, segment, merged, True)
+    grads: dict[str, Tensor] = {}
+    if norm_weight is not None:
+        from .layer_norm import normalise_backward
+
+        rows = grad.reshape(-1, grad.shape[-1])
+        flat, grads["norm_weight"], grads["norm_bias"] = normalise_backward(
+            rows, total.view_as(rows), statistics.view(-1, 2), norm_weight, out_dtype=_step_dtype(x)
+        )
+        grad = flat.view_as(grad)
+    return grads | _scan_backward(call, _rows_contiguous(grad), states)
+
+
+def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tensor]:
+    work, x, dtype = call.work, call.x, _step_dtype(call.x)
+    channels = 32
+    blocks = triton.cdiv(work.dim, channels)
+    lines = work.routes * work.segments
+    width = work.rank + 2 * work.states
+    grad_x = x.new_empty(work.images, work.rows, work.dim, dtype=dtype)
+    grad_delta = x.new_empty(grad_x.shape, dtype=dtype) if not work.rank else None
+    parts = x.new_empty(blocks, work.images, work.rows, width, dtype=torch.float32)
+    sums = x.new_empty(work.images, lines, work.states + 2, work.dim, dtype=torch.float32)
+    grad_weight = x.new_empty(work.images, lines, work.dim, work.rank, dtype=torch.float32) if work.rank else None
+    grid = work.images * lines * blocks
+    if grid:
+        _backward_kernel[(grid,)](
+            x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions,
+            call.write.kept, states, grad, grad_x, grad_delta, parts, sums, grad_weight,
+            *call.strides(), *_route_strides(grad), work.padded, parts.stride(0),
+            COLUMNS=max(16, triton.next_power_of_2(width)), TAIL=work.padded != work.steps, **call.constants(channels),
+        )  # fmt: skip
+    by_route = call.read.by_route
+    grads = {name: call_value.new_empty(call_value.shape) for name, call_value in (("B", call.B), ("C", call.C))}
+    low_rank = call.delta.new_empty(call.delta.shape) if work.rank else None
+    merge_projections(parts, by_route, low_rank, grads["B"], grads["C"])
+    grads["x"] = x.new_empty(x.shape)
+    merge(grad_x, call.read.merged if x.dim() == 3 else by_route, grads["x"].view(work.images, -1, work.dim))
+    if low_rank is None:
+        grads["delta"] = call.delta.new_empty(call.delta.shape)
+        merge(grad_delta, by_route, grads["delta"].view(work.images, -1, work.dim))
+    else:
+        grads["delta"] = low_rank
+    small = sums.view(work.images, work.routes, work.segments, work.states + 2, work.dim).sum((0, 2))
+    grads["A"] = small[:, : work.states].mT
+    grads["D"], grads["dt_bias"] = small[:, work.states], small[:, work.states + 1]
+    if grad_weight is not None:
+        grads["dt_weight"] = grad_weight.view(work.images, work.routes, work.segments, work.dim, -1).sum((0, 2))
+    return grads

@@ -1,0 +1,94 @@
+"""Pieces of kernels: rows of a tile, softplus, precise products.
+
+Kernels here hand out one warp per 32 or more channels. A tile [STEPS, CHANNELS] then keeps all its steps inside of each
+lane, and taking it apart into rows, or putting rows together, costs no instruction.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # whose products of bfloat16 are wrong
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def rows_of(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """[STEPS, CHANNELS] -> tuple of STEPS rows [CHANNELS]."""
+    if STEPS == 1:
+        return (tl.reshape(tile, [CHANNELS]),)
+    else:
+        half: tl.constexpr = STEPS // 2
+        first, second = tl.split(tl.permute(tl.reshape(tile, [2, half, CHANNELS]), (1, 2, 0)))
+        return rows_of(first, half, CHANNELS) + rows_of(second, half, CHANNELS)
+
+
+@triton.jit
+def tile_of(rows, FIRST: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Rows FIRST .. FIRST + STEPS - 1 of a tuple -> [STEPS, CHANNELS]."""
+    if STEPS == 1:
+        return tl.reshape(rows[FIRST], [1, CHANNELS])
+    else:
+        half: tl.constexpr = STEPS // 2
+        pair = tl.join(tile_of(rows, FIRST, half, CHANNELS), tile_of(rows, FIRST + half, half, CHANNELS))
+        return tl.reshape(tl.permute(pair, (2, 0, 1)), [STEPS, CHANNELS])
+
+
+@triton.jit
+def softplus_log2(v, EXACT: tl.constexpr):
+    """softplus(v / log2(e)) * log2(e): softplus of an argument in units of log2, in units of log2.
+
+    ``max(v, 0) + log2(1 + 2**-abs(v))``, the logarithm as ``e * polynomial(e)``: precise for small step sizes too, and
+    cheaper than the special function. Relative error 8e-6, or 2e-7 if EXACT.
+    """
+    e = tl.exp2(-tl.abs(v))
+    if EXACT:
+        p = 0.00754918126 * e - 0.0425670636
+        p = p * e + 0.112856206
+        p = p * e - 0.197118991
+        p = p * e + 0.275641429
+        p = p * e - 0.358408479
+        p = p * e + 0.480692959
+        p = p * e - 0.721340208
+        p = p * e + 1.442695
+    else:
+        p = -0.0344359033 * e + 0.146032903
+        p = p * e - 0.303036242
+        p = p * e + 0.469174094
+        p = p * e - 0.720426172
+        p = p * e + 1.44268292
+    return tl.maximum(v, 0.0) + p * e
+
+
+@triton.jit
+def softplus_slope(v, s, EXACT: tl.constexpr):
+    """Derivative of softplus, from its argument `v` and its value `s`, both in units of log2."""
+    if EXACT:
+        e = tl.exp2(-tl.abs(v))
+        return tl.where(v > 0, 1.0, e) / (1.0 + e)
+    else:
+        return 1.0 - tl.exp2(-s)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``a @ b + acc`` in float32; float32 operands keep their precision to about 1e-6."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc=acc)
+    elif a.dtype == tl.float32:
+        return tl.dot(a, b, acc=acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, b, acc=acc)
+
+
+@triton.jit
+def precise_dot(a, b, acc):
+    """`dot` with `b` in float32, whatever the type of `a`: a half-precision `b` is split into two terms."""
+    if a.dtype == tl.float32:
+        return dot(a, b, acc)
+    else:
+        high = b.to(a.dtype)
+        low = (b - high.to(tl.float32)).to(a.dtype)
+        return dot(a, high, dot(a, low, acc))
