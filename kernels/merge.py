@@ -1,6 +1,5 @@
 """Adds up what routes leave behind: outputs of steps at positions, gradients of projections, with a layer norm."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -117,7 +116,8 @@ def _projections_kernel(
             source += part_size
     row = (image * targets + t)[:, None]
     if RANK > 0:
-        tl.store(low_rank + row * RANK + c[None, :], sums.to(low_rank.dtype.element_ty), mask=inside & (c < RANK)[None, :])
+        of_rank = inside & (c < RANK)[None, :]
+        tl.store(low_rank + row * RANK + c[None, :], sums.to(low_rank.dtype.element_ty), mask=of_rank)
     of_b = inside & (c >= RANK)[None, :] & (c < RANK + STATES)[None, :]
     tl.store(B + row * STATES + (c - RANK)[None, :], sums.to(B.dtype.element_ty), mask=of_b)
     of_c = inside & (c >= RANK + STATES)[None, :]

@@ -21,6 +21,50 @@ from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rows_of, softplu
 _INT32_LIMIT = 2**31 - 1
 
 
+@triton.jit
+def _projection_rows(
+    x, delta, B, C, i, n, mask, stride_xl, stride_pl, stride_bl, stride_cl,
+    RANK: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """What a step at position `i` reads beside its low-rank step sizes: x, B, C, and delta if that is given whole."""
+    i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+    b = delta + i * stride_pl + RANK if PACKED else B + i * stride_bl
+    c = b + STATES if PACKED else C + i * stride_cl
+    value = tl.load(x + i * stride_xl, mask=mask, other=0.0)
+    v = tl.load(delta + i * stride_pl, mask=mask, other=0.0) if RANK == 0 else 0.0
+    if STATES == 1:
+        return value, tl.load(b), tl.load(c), v
+    else:
+        return value, tl.load(b + n, mask=n < STATES, other=0.0), tl.load(c + n, mask=n < STATES, other=0.0), v
+
+
+@triton.jit
+def _load_tile(
+    x, delta, B, C, positions, r, n, mask, stride_xl, stride_pl, stride_bl, stride_cl,
+    TILE: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """All that the steps of a tile read: rows of x, B, C and whole delta, and the tile of low-rank delta."""
+    xs = ()
+    bs = ()
+    cs = ()
+    vs = ()
+    for j in tl.static_range(TILE):
+        value, b, c, v = _projection_rows(
+            x, delta, B, C, tl.load(positions + j), n, mask, stride_xl, stride_pl, stride_bl, stride_cl,
+            RANK, STATES, WIDE, PACKED,
+        )  # fmt: skip
+        xs = xs + (value,)
+        bs = bs + (b,)
+        cs = cs + (c,)
+        vs = vs + (v,)
+    low_rank = 0.0
+    if RANK > 0:
+        i = tl.load(positions + tl.arange(0, TILE))
+        i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+        low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+    return xs, bs, cs, vs, low_rank
+
+
 @triton.jit(do_not_specialize=["stride_ad", "stride_an"])
 def _forward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, y, states,
@@ -29,7 +73,7 @@ def _forward_kernel(
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
-    KEEP: tl.constexpr,
+    KEEP: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     pid = tl.program_id(0)
@@ -56,8 +100,8 @@ def _forward_kernel(
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
+    r = tl.arange(0, RANK_BLOCK)
     if RANK > 0:
-        r = tl.arange(0, RANK_BLOCK)
         expand = tl.load(
             weight + (k * DIM + d)[None, :] * RANK + r[:, None], mask=inside[None, :] & (r < RANK)[:, None], other=0.0
         ) * LOG2_E  # [RANK_BLOCK, CHANNELS]
@@ -68,6 +112,11 @@ def _forward_kernel(
     if KEEP > 0:
         states += (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, KEEP * TILE) * STATES * DIM + d
 
+    if PREFETCH:
+        xs, bs, cs, vs, low_rank = _load_tile(
+            x, delta, B, C, positions, r, n, mask,
+            stride_xl, stride_pl, stride_bl, stride_cl, TILE, RANK, STATES, WIDE, PACKED,
+        )  # fmt: skip
     for first in range(0, padded, TILE):
         if KEEP > 0:
             if first % (KEEP * TILE) == 0:
@@ -76,35 +125,21 @@ def _forward_kernel(
                 else:
                     tl.store(states[None, :] + n[:, None] * DIM, h, mask=some)
                 states += STATES * DIM
-        if RANK > 0:
-            i = tl.load(positions + first + tl.arange(0, TILE))
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            low_rank = tl.load(
-                delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0
-            )  # [TILE, RANK_BLOCK]
-        xs = ()
-        bs = ()
-        cs = ()
-        vs = ()
-        for j in tl.static_range(TILE):
-            i = tl.load(positions + first + j)
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
-            b = delta + i * stride_pl + RANK if PACKED else B + i * stride_bl
-            c = b + STATES if PACKED else C + i * stride_cl
-            if STATES == 1:
-                bs = bs + (tl.load(b),)
-                cs = cs + (tl.load(c),)
-            else:
-                bs = bs + (tl.load(b + n, mask=n < STATES, other=0.0),)
-                cs = cs + (tl.load(c + n, mask=n < STATES, other=0.0),)
-            if RANK == 0:
-                vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
+        if PREFETCH:
+            ahead = _load_tile(
+                x, delta, B, C, positions + tl.minimum(first + TILE, padded - TILE), r, n, mask,
+                stride_xl, stride_pl, stride_bl, stride_cl, TILE, RANK, STATES, WIDE, PACKED,
+            )  # fmt: skip
+        else:
+            xs, bs, cs, vs, low_rank = _load_tile(
+                x, delta, B, C, positions + first, r, n, mask,
+                stride_xl, stride_pl, stride_bl, stride_cl, TILE, RANK, STATES, WIDE, PACKED,
+            )  # fmt: skip
         if RANK > 0:
             v = precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32))
-            vs = rows_of(v, TILE, CHANNELS)
+            steps = rows_of(v, TILE, CHANNELS)
         for j in tl.static_range(TILE):
-            step = vs[j] + shift
+            step = (steps[j] if RANK > 0 else vs[j].to(tl.float32) * LOG2_E) + shift
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             value = xs[j].to(tl.float32)
@@ -119,6 +154,8 @@ def _forward_kernel(
             out += skip * value
             tl.store(y + j * DIM, out.to(y.dtype.element_ty), mask=mask)
         y += TILE * DIM
+        if PREFETCH:
+            xs, bs, cs, vs, low_rank = ahead
 
 
 @triton.jit
@@ -126,7 +163,8 @@ def _backward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
     grad_x, grad_delta, parts, sums, grad_weight,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
-    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk, padded, part_size,
+    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
+    padded, part_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
@@ -296,6 +334,8 @@ class _Work(NamedTuple):
 
 
 _TILE = 16
+_PREFETCH = True
+_MAXNREG = 168
 
 
 def _work(x: Tensor, delta: Tensor, A: Tensor, read: Tensor, dt_weight: Tensor | None, segment: int | None) -> _Work:
@@ -398,7 +438,7 @@ def _scan(call: _Call, states: Tensor | None) -> Tensor:
             call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
             *call.strides(), *call.A.stride()[1:], work.padded,
             STATES=work.states, STATE_BLOCK=triton.next_power_of_2(work.states),
-            KEEP=0 if states is None else work.keep, **call.constants(channels),
+            KEEP=0 if states is None else work.keep, PREFETCH=work.states == 1 and _PREFETCH, **call.constants(channels),
         )  # fmt: skip
     return y
 
@@ -497,7 +537,7 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
             x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions,
             call.write.kept, states, grad, grad_x, grad_delta, parts, sums, grad_weight,
             *call.strides(), *_route_strides(grad), work.padded, parts.stride(0),
-            COLUMNS=max(16, triton.next_power_of_2(width)), TAIL=work.padded != work.steps, **call.constants(channels),
+            COLUMNS=max(16, triton.next_power_of_2(width)), TAIL=work.padded != work.steps, maxnreg=_MAXNREG, **call.constants(channels),
         )  # fmt: skip
     by_route = call.read.by_route
     grads = {name: call_value.new_empty(call_value.shape) for name, call_value in (("B", call.B), ("C", call.C))}

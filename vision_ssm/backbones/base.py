@@ -8,7 +8,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import build_mlp, get_norm
+from ..layers import add_norm, build_mlp, get_norm
 from ..registry import BACKBONES
 from ..scans import build_scan
 
@@ -84,11 +84,13 @@ class ScanBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        branch = None
         if self.mixer is not None:
-            x = x + self.drop_path(self.mixer(self.norm1(x)))
+            branch = self.mixer(add_norm(self.norm1, x)[1])
         if self.mlp is not None:
-            x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x
+            x, normed = add_norm(self.norm2, x, branch, self.drop_path)
+            branch = self.mlp(normed)
+        return x if branch is None else x + self.drop_path(branch)
 
 
 class Stage(nn.Module):

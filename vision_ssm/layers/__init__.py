@@ -1,10 +1,10 @@
 """Building blocks shared by every backbone: the only place for norms, stems, downsampling, MLPs and position tables."""
 
 from .activation import get_activation
-from .conv import ChannelLastConv2d
+from .conv import ChannelLastConv2d, DepthwiseConv2d
 from .downsample import ConvDownsample, PatchMerging
 from .mlp import build_mlp
-from .norm import ChannelLastBatchNorm, get_norm
+from .norm import ChannelLastBatchNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .stem import ConvStem, PatchStem
 
@@ -13,9 +13,11 @@ __all__ = [
     "ChannelLastConv2d",
     "ConvDownsample",
     "ConvStem",
+    "DepthwiseConv2d",
     "PatchMerging",
     "PatchStem",
     "PositionTable",
+    "add_norm",
     "build_mlp",
     "get_activation",
     "get_norm",

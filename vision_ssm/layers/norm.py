@@ -1,8 +1,10 @@
 """Normalisation of channel-last maps."""
 
 import torch
+from timm.layers import DropPath
 from torch import nn
 
+from ..ops.layer_norm import layer_norm
 from ..registry import suggest
 
 
@@ -28,3 +30,31 @@ def get_norm(name: str, dim: int) -> nn.Module:
     if name not in norms:
         raise ValueError(f"unknown norm {name!r}.{suggest(str(name), norms)}")
     return norms[name]()
+
+
+def add_norm(
+    norm: nn.Module, x: torch.Tensor, branch: torch.Tensor | None = None, drop_path: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``s = x + drop_path(branch)`` and ``norm(s)``, in one pass over memory for a layer norm.
+
+    Args:
+        norm: a norm of `get_norm`.
+        x: (B, ..., C), the residual stream.
+        branch: what is added to it; None: nothing.
+        drop_path: timm's `DropPath`, or None.
+
+    Returns:
+        s in the dtype of `x`, and the norm of it in the autocast dtype, if there is one, for the layers that follow.
+    """
+    active = isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0
+    if not isinstance(norm, nn.LayerNorm):
+        if branch is not None:
+            x = x + (drop_path(branch) if active else branch)
+        return x, norm(x)
+    kind = x.device.type
+    out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    options = dict(eps=norm.eps, out_dtype=out_dtype if x.dtype == torch.float32 else x.dtype)
+    if branch is None:
+        return x, layer_norm(x, norm.weight, norm.bias, **options)
+    scale = drop_path(x.new_ones(x.shape[0], 1, dtype=torch.float32)).flatten() if active else None
+    return layer_norm(x, norm.weight, norm.bias, residual=branch, row_scale=scale, **options)

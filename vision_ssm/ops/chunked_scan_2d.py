@@ -199,7 +199,7 @@ def _output_shape(x: Tensor, read: Tensor, merge: bool) -> tuple[int, ...]:
 
 
 def forward(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    """Arguments of the operator. Returns the output and, if there is something to keep, what `empty_saved` allocates."""
+    """Arguments of the operator. Returns the output and, where it is to be kept, what `empty_saved` allocates."""
     scan = _Routes(x, *inputs[:9], *inputs[12:15])
     norm_weight, norm_bias, norm_eps, save = *inputs[9:12], inputs[15]
     out = scan.x.new_empty(_output_shape(x, scan.read, scan.merge))
@@ -238,7 +238,7 @@ def backward(
     if norm_weight is not None:
         if not inputs[15]:  # forward kept nothing
             _, total, statistics, states = forward(x, *inputs[:15], True)
-        mean, scale = statistics.split(1, dim=-1)
+        mean, scale = (part.contiguous() for part in statistics.split(1, dim=-1))
         norm_weight, bias = norm_weight.to(scan.work), None if norm_bias is None else norm_bias.to(scan.work)
         grad_out, grads["norm_weight"], grads["norm_bias"] = torch.ops.aten.native_layer_norm_backward(
             grad_out, total, total.shape[-1:], mean, scale, norm_weight, bias, [True, True, bias is not None]

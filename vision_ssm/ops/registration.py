@@ -131,7 +131,8 @@ def register_operator(
         ctx.set_materialize_grads(False)  # the kept tensors have none
 
     def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept, tensors = ctx.saved_tensors[: len(saved)], iter(ctx.saved_tensors[len(saved) :])
+        unpacked = ctx.saved_tensors
+        kept, tensors = unpacked[: len(saved)], iter(unpacked[len(saved) :])
         inputs = [next(tensors) if value is None else value[0] for value in ctx.inputs]
         given = [
             inputs[0].new_zeros(shape, dtype=dtype) if gradient is None else gradient

@@ -50,19 +50,22 @@ class RouteCore(nn.Module):
         self.dim = dim
         self.routes = routes
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, H, W, dim). Returns the sum over routes, (B, H, W, dim), float32 (float64 for float64 input)."""
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+        """x: (B, H, W, dim). Returns the sum over routes, (B, H, W, dim), float32 (float64 for float64 input).
+
+        With a `norm` over the channels, the normalised sum.
+        """
         batch, height, width, dim = x.shape
         tables = self.routes.tables(height, width, x.device)
         tokens = x.reshape(batch, height * width, dim)  # (B, L, D)
         for table in tables:
             if len(tables) > 1:
                 tokens = F.layer_norm(tokens, (dim,), eps=_NORM_EPS)
-            tokens = self.scan(tokens, table)
+            tokens = self.scan(tokens, table, norm if table is tables[-1] else None)
         return tokens.view(batch, height, width, dim)
 
-    def scan(self, x: torch.Tensor, table: RouteTable) -> torch.Tensor:
-        """x: (B, L, dim). Returns the merged output of the table's routes, (B, L, dim)."""
+    def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+        """x: (B, L, dim). Returns the merged output of the table's routes, normalised by `norm`, (B, L, dim)."""
         raise NotImplementedError
 
 
@@ -100,11 +103,12 @@ class S6Core(RouteCore):
         self.A_log = nn.Parameter(decay)
         self.D = nn.Parameter(torch.ones(count, dim))
 
-    def scan(self, x: torch.Tensor, table: RouteTable) -> torch.Tensor:
+    def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
         weight = self.x_proj_weight[table.routes]
         projected = F.linear(x, weight.flatten(0, 1))  # (B, L, K*(R+2N)); pointwise, so it commutes with the routes
         projected = projected.view(*x.shape[:2], *weight.shape[:2])  # (B, L, K, R+2N)
         low_rank, b, c = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        options = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
         return scan_2d(
             x,
             low_rank,
@@ -117,6 +121,7 @@ class S6Core(RouteCore):
             dt_weight=self.dt_proj_weight[table.routes],
             dt_bias=self.dt_proj_bias[table.routes],
             segment=table.segment,
+            **options,
         )
 
 
@@ -149,7 +154,7 @@ class SSDCore(RouteCore):
         self.A_log = nn.Parameter(decay)
         self.D = nn.Parameter(torch.ones(count, heads, dim // heads))
 
-    def scan(self, x: torch.Tensor, table: RouteTable) -> torch.Tensor:
+    def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
         batch, length, dim = x.shape
         weight, (count, steps) = self.x_proj_weight[table.routes], table.read.shape
         projected = F.linear(x, weight.flatten(0, 1)).view(batch, length, count, -1)  # (B, L, K, R+2N)
@@ -175,4 +180,4 @@ class SSDCore(RouteCore):
         merged = y.new_zeros(batch, length, dim)
         for k in range(count):  # one route at a time: each cell is written once per route, so sums keep one order
             merged.index_add_(1, table.write[k], y[:, :, k])
-        return merged
+        return merged if norm is None else norm(merged)

@@ -7,7 +7,7 @@ github.com/MzeroMiko/VMamba (MIT), classification/models/vmamba.py.
 import torch
 from torch import nn
 
-from ..layers import ChannelLastConv2d, get_activation
+from ..layers import DepthwiseConv2d, get_activation
 from ..registry import SCANS, suggest
 from .core import S6Core, SSDCore, resolve_dt_rank
 from .routes import build_routes
@@ -21,7 +21,7 @@ class SpatialSoftmax(nn.Module):
 
 
 def _depthwise(dim: int) -> nn.Module:
-    return ChannelLastConv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+    return DepthwiseConv2d(dim, 3, bias=False)
 
 
 _OUT_NORMS = {
@@ -95,11 +95,8 @@ class MultiDirectionScan(nn.Module):
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
         self.conv = (
-            ChannelLastConv2d(inner, inner, conv_kernel, padding=conv_kernel // 2, groups=inner, bias=conv_bias)
-            if conv_kernel > 1
-            else nn.Identity()
+            DepthwiseConv2d(inner, conv_kernel, bias=conv_bias, act=act) if conv_kernel > 1 else get_activation(act)
         )
-        self.act = get_activation(act)
         self.gate_act = get_activation(act if gate and gate_act else "identity")
         options = {} if init is None else {"init": init}
         self.core = cores[core](inner, build_routes(routes), state_dim, resolve_dt_rank(dt_rank, dim), **options)
@@ -113,8 +110,11 @@ class MultiDirectionScan(nn.Module):
         h = self.in_proj(x)
         if self.gate:
             h, z = h.chunk(2, dim=-1)  # each (B, H, W, D)
-        h = self.act(self.conv(h))
-        y = self.out_norm(self.core(h)).to(h.dtype)
+        h = self.conv(h)
+        if isinstance(self.out_norm, nn.LayerNorm):
+            y = self.core(h, norm=self.out_norm).to(h.dtype)
+        else:
+            y = self.out_norm(self.core(h)).to(h.dtype)
         y = self.out_act(y)
         if self.gate:
             y = y * self.gate_act(z)
