@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import ceil_div, power_of_2
+
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _GAUSS: tl.constexpr = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
@@ -375,24 +377,24 @@ class _Plan(NamedTuple):
         images, height, width, channels = shape
         _, _, kernel_height, kernel_width = weight.shape
         rows = [count for count in (7, 4, 2, 1) if count * kernel_width <= max(sums, kernel_width)]
-        height_of_strip = min(rows, key=lambda count: (triton.cdiv(height, count) * (count + halo), -count))
+        height_of_strip = min(rows, key=lambda count: (ceil_div(height, count) * (count + halo), -count))
         # A power of two that divides C wastes no lane; blocks below 16 channels waste memory transactions instead
         block = min(32, channels & -channels)
         if block < 16:
-            block = min(32, triton.next_power_of_2(channels))
-        if images * height * width * triton.cdiv(channels, block) >= 1 << 31:  # programs and strips are int32
+            block = min(32, power_of_2(channels))
+        if images * height * width * ceil_div(channels, block) >= 1 << 31:  # programs and strips are int32
             raise ValueError(f"depthwise_conv: x of shape {tuple(shape)} has too many positions for one launch")
         adjacent = 2 if kernel_height * kernel_width <= 25 else 1  # channels in a lane
         strips = 32 * _WARPS * adjacent // block
-        bands = triton.cdiv(height, height_of_strip)
-        programs = triton.cdiv(images * bands, strips) * triton.cdiv(channels, block)
+        bands = ceil_div(height, height_of_strip)
+        programs = ceil_div(images * bands, strips) * ceil_div(channels, block)
         segments = max(1, min(_PROGRAMS // programs, width // 14))
-        segment = triton.cdiv(width, segments)
-        return cls(height_of_strip, strips, block, bands, triton.cdiv(width, segment), segment)
+        segment = ceil_div(width, segments)
+        return cls(height_of_strip, strips, block, bands, ceil_div(width, segment), segment)
 
     def programs(self, shape: torch.Size) -> int:
         """Programs of one channel block."""
-        return triton.cdiv(shape[0] * self.bands, self.strips) * self.segments
+        return ceil_div(shape[0] * self.bands, self.strips) * self.segments
 
     def arguments(self, shape: torch.Size) -> tuple[int, ...]:
         images, height, width, _ = shape
@@ -430,7 +432,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, f
         return out
     x, line = _lines(x)
     plan = _Plan.choose(x.shape, weight, halo=weight.shape[2] - 1, sums=21)
-    grid = (plan.programs(x.shape) * triton.cdiv(x.shape[3], plan.channels),)
+    grid = (plan.programs(x.shape) * ceil_div(x.shape[3], plan.channels),)
     _forward_kernel[grid](
         x,
         weight,
@@ -468,7 +470,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
     out = None
     if fused or activation != "none":
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _backward_kernel[(programs * triton.cdiv(channels, plan.channels),)](
+    _backward_kernel[(programs * ceil_div(channels, plan.channels),)](
         grad,
         x,
         weight,
@@ -482,7 +484,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
         FUSED=fused,
         **plan.constants(x.shape, weight),
     )
-    _sum_kernel[(triton.cdiv(total, 32),)](
+    _sum_kernel[(ceil_div(total, 32),)](
         partial, grads["weight"], grads.get("bias"), programs, channels * taps, total, ROWS=128, COLUMNS=32, num_warps=8
     )
     grads["x"] = out if fused else _convolve(grad if out is None else out, weight, None, "none", flip=True)

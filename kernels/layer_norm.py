@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import ceil_div, power_of_2
+
 _WARPS = 4
 _TILE = _WARPS * 32 * 4  # numbers of one tile: more per lane, and half-precision loads would ask for another layout
 _WARP_ROW = 1024  # channels up to which a row stays in one warp
@@ -210,7 +212,7 @@ class _Tiling(NamedTuple):
 def _tiling(channels: int) -> _Tiling:
     """The widest chunks of those that pad rows of `channels` numbers the least."""
     if channels < 32:
-        chunks: Sequence[int] = (triton.next_power_of_2(channels),)
+        chunks: Sequence[int] = (power_of_2(channels),)
     elif channels <= _WARP_ROW:
         chunks = [chunk for chunk in (128, 64, 32) if channels <= 8 * chunk]
     else:
@@ -263,7 +265,7 @@ def forward(
     if rows:
         tiling = _tiling(channels)
         with torch.cuda.device_of(x):
-            _forward_kernel[(triton.cdiv(rows, tiling.rows),)](
+            _forward_kernel[(ceil_div(rows, tiling.rows),)](
                 x,
                 residual,
                 None if row_scale is None else row_scale.contiguous(),
@@ -304,7 +306,7 @@ def _launch_backward(
     if not rows:
         return weight.new_zeros(channels, dtype=torch.float32), weight.new_zeros(channels, dtype=torch.float32)
     tiling = _tiling(channels)
-    programs = min(triton.cdiv(rows, tiling.rows), _backward_programs(x.device, tiling.parts))
+    programs = min(ceil_div(rows, tiling.rows), _backward_programs(x.device, tiling.parts))
     partials = x.new_empty(2, programs, channels, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _backward_kernel[(programs,)](

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .route_plan import Bags
+from .sizes import ceil_div, power_of_2
 
 _UNROLLED = 16  # rows per target up to which the loop over them is unrolled
 
@@ -79,9 +80,9 @@ def merge(
     batch, targets, dim = out.shape
     if not out.numel():
         return
-    block = triton.next_power_of_2(dim)
+    block = power_of_2(dim)
     group = max(1, 2048 // block)  # elements of a program
-    grid = (triton.cdiv(targets, group), batch)
+    grid = (ceil_div(targets, group), batch)
     _merge_kernel[grid](
         steps, bags.rows, bags.offsets, out, total, statistics, weight, bias, targets, steps.shape[1], eps,
         bags.uniform, COUNT=bags.uniform if bags.uniform <= _UNROLLED else 0, DIM=dim, BLOCK=block, TARGETS=group,
@@ -137,9 +138,9 @@ def merge_projections(parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Ten
     targets = B.shape[1] * B.shape[2]
     if not B.numel():
         return
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     group = max(1, 1024 // block)
-    _projections_kernel[(triton.cdiv(targets, group), images)](
+    _projections_kernel[(ceil_div(targets, group), images)](
         parts, bags.rows, bags.offsets, low_rank, B, C, targets, rows, blocks, parts.stride(0), bags.uniform,
         RANK=width - 2 * B.shape[3], STATES=B.shape[3], BLOCK=block, TARGETS=group, num_warps=4,
     )  # fmt: skip

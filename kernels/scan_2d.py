@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .merge import merge, merge_projections
 from .route_plan import plan
+from .sizes import ceil_div, power_of_2
 from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rows_of, softplus_log2, softplus_slope, tile_of
 
 _INT32_LIMIT = 2**31 - 1
@@ -164,7 +165,7 @@ def _backward_kernel(
     grad_x, grad_delta, parts, sums, grad_weight,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
-    padded, part_size,
+    padded, part_size, sum_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
@@ -302,10 +303,10 @@ def _backward_kernel(
             columns = dot(slope, contract, columns)
             sum_weight = dot(tl.trans(low_rank).to(low), slope, sum_weight)
         tl.store(parts, columns, mask=(column < width)[None, :] & (tl.arange(0, TILE) >= 0)[:, None])
-    sums += walk * 3 * DIM + d
+    sums += walk * DIM + d
     tl.store(sums, sum_decay * LN_2, mask=mask)
-    tl.store(sums + DIM, sum_skip, mask=mask)
-    tl.store(sums + 2 * DIM, sum_shift, mask=mask)
+    tl.store(sums + sum_size, sum_skip, mask=mask)
+    tl.store(sums + 2 * sum_size, sum_shift, mask=mask)
     if RANK > 0:
         some = inside[None, :] & (r < RANK)[:, None]
         tl.store(grad_weight + (walk * DIM + d)[None, :] * RANK + r[:, None], sum_weight, mask=some)
@@ -326,7 +327,7 @@ class _Work(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return -(-self.steps // _TILE) * _TILE
+        return ceil_div(self.steps, _TILE) * _TILE
 
     @property
     def rows(self) -> int:
@@ -412,7 +413,7 @@ class _Call:
             SEGMENTS=work.segments,
             DIM=work.dim,
             RANK=work.rank,
-            RANK_BLOCK=max(16, triton.next_power_of_2(work.rank)),
+            RANK_BLOCK=max(16, power_of_2(work.rank) if work.rank else 0),
             CHANNELS=channels,
             TILE=_TILE,
             SOFTPLUS=self.softplus,
@@ -432,19 +433,20 @@ def _scan(call: _Call, states: Tensor | None) -> Tensor:
     work = call.work
     y = call.x.new_empty(work.images, work.rows, work.dim, dtype=_step_dtype(call.x))
     channels = _forward_channels(work)
-    grid = work.images * work.routes * work.segments * triton.cdiv(work.dim, channels)
+    grid = work.images * work.routes * work.segments * ceil_div(work.dim, channels)
     if grid:
         _forward_kernel[(grid,)](
             call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
             *call.strides(), *call.A.stride()[1:], work.padded,
-            STATES=work.states, STATE_BLOCK=triton.next_power_of_2(work.states),
-            KEEP=0 if states is None else work.keep, PREFETCH=work.states == 1 and _PREFETCH, **call.constants(channels),
+            STATES=work.states, STATE_BLOCK=power_of_2(work.states),
+            KEEP=0 if states is None else work.keep, PREFETCH=work.states == 1 and _PREFETCH,
+            **call.constants(channels),
         )  # fmt: skip
     return y
 
 
 def _empty_states(x: Tensor, work: _Work) -> Tensor:
-    kept = triton.cdiv(work.padded, work.keep * _TILE)
+    kept = ceil_div(work.padded, work.keep * _TILE)
     return x.new_empty(work.images, work.routes * work.segments, kept, work.states, work.dim, dtype=torch.float32)
 
 
@@ -523,21 +525,22 @@ def backward(
 def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tensor]:
     work, x, dtype = call.work, call.x, _step_dtype(call.x)
     channels = 32
-    blocks = triton.cdiv(work.dim, channels)
+    blocks = ceil_div(work.dim, channels)
     lines = work.routes * work.segments
     width = work.rank + 2 * work.states
     grad_x = x.new_empty(work.images, work.rows, work.dim, dtype=dtype)
     grad_delta = x.new_empty(grad_x.shape, dtype=dtype) if not work.rank else None
     parts = x.new_empty(blocks, work.images, work.rows, width, dtype=torch.float32)
-    sums = x.new_empty(work.images, lines, work.states + 2, work.dim, dtype=torch.float32)
+    sums = x.new_empty(work.states + 2, work.images, lines, work.dim, dtype=torch.float32)
     grad_weight = x.new_empty(work.images, lines, work.dim, work.rank, dtype=torch.float32) if work.rank else None
     grid = work.images * lines * blocks
     if grid:
         _backward_kernel[(grid,)](
             x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions,
             call.write.kept, states, grad, grad_x, grad_delta, parts, sums, grad_weight,
-            *call.strides(), *_route_strides(grad), work.padded, parts.stride(0),
-            COLUMNS=max(16, triton.next_power_of_2(width)), TAIL=work.padded != work.steps, maxnreg=_MAXNREG, **call.constants(channels),
+            *call.strides(), *_route_strides(grad), work.padded, parts.stride(0), sums.stride(0),
+            COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps, maxnreg=_MAXNREG,
+            **call.constants(channels),
         )  # fmt: skip
     by_route = call.read.by_route
     grads = {name: call_value.new_empty(call_value.shape) for name, call_value in (("B", call.B), ("C", call.C))}
@@ -550,9 +553,12 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
         merge(grad_delta, by_route, grads["delta"].view(work.images, -1, work.dim))
     else:
         grads["delta"] = low_rank
-    small = sums.view(work.images, work.routes, work.segments, work.states + 2, work.dim).sum((0, 2))
-    grads["A"] = small[:, : work.states].mT
-    grads["D"], grads["dt_bias"] = small[:, work.states], small[:, work.states + 1]
+    sums = sums.view(work.states + 2, work.images, work.routes, work.segments, work.dim)
+    grads["A"] = sums[: work.states].sum((1, 3)).permute(1, 2, 0)  # (N, K, D) -> (K, D, N)
+    if call.D is not None:
+        grads["D"] = sums[work.states].sum((0, 2))
+    if call.bias is not None:
+        grads["dt_bias"] = sums[work.states + 1].sum((0, 2))
     if grad_weight is not None:
         grads["dt_weight"] = grad_weight.view(work.images, work.routes, work.segments, work.dim, -1).sum((0, 2))
     return grads

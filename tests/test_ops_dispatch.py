@@ -18,6 +18,9 @@ def _no_environment(monkeypatch):
     monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "_warned", set())
+    backend._machine_obstacle.cache_clear()
+    yield
+    backend._machine_obstacle.cache_clear()
 
 
 def gpu_tensor(monkeypatch, dtype=torch.float32, capability=(9, 0), hip=None):

@@ -4,7 +4,7 @@ from .activation import get_activation
 from .conv import ChannelLastConv2d, DepthwiseConv2d
 from .downsample import ConvDownsample, PatchMerging
 from .mlp import build_mlp
-from .norm import ChannelLastBatchNorm, add_norm, get_norm
+from .norm import ChannelLastBatchNorm, LayerNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .stem import ConvStem, PatchStem
 
@@ -14,6 +14,7 @@ __all__ = [
     "ConvDownsample",
     "ConvStem",
     "DepthwiseConv2d",
+    "LayerNorm",
     "PatchMerging",
     "PatchStem",
     "PositionTable",

@@ -16,6 +16,18 @@ class ChannelLastBatchNorm(nn.BatchNorm2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of a channel-last map.
+
+    The result of `forward` is float32 under autocast, as `nn.LayerNorm`'s is; `add_norm` gives the autocast dtype.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, ..., C). Returns the same shape."""
+        out_dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=out_dtype)
+
+
 def get_norm(name: str, dim: int) -> nn.Module:
     """A norm for (B, H, W, `dim`) maps: ``"layer"`` (over channels, eps 1e-5), ``"batch"`` or ``"none"``.
 
@@ -23,7 +35,7 @@ def get_norm(name: str, dim: int) -> nn.Module:
         ValueError: `name` is not one of them.
     """
     norms = {
-        "layer": lambda: nn.LayerNorm(dim, eps=1e-5),
+        "layer": lambda: LayerNorm(dim, eps=1e-5),
         "batch": lambda: ChannelLastBatchNorm(dim),
         "none": lambda: nn.Identity(),
     }
@@ -47,7 +59,7 @@ def add_norm(
         s in the dtype of `x`, and the norm of it in the autocast dtype, if there is one, for the layers that follow.
     """
     active = isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0
-    if not isinstance(norm, nn.LayerNorm):
+    if not isinstance(norm, LayerNorm):
         if branch is not None:
             x = x + (drop_path(branch) if active else branch)
         return x, norm(x)

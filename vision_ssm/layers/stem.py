@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .norm import get_norm
+from .norm import add_norm, get_norm
 
 
 class PatchStem(nn.Module):
@@ -52,6 +52,6 @@ class ConvStem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / patch_size), ceil(W / patch_size), dim)."""
         x = self.conv1(x.contiguous(memory_format=torch.channels_last))
-        x = self.act(self.norm1(x.permute(0, 2, 3, 1).contiguous()))  # (B, H/2, W/2, dim/2)
+        x = self.act(add_norm(self.norm1, x.permute(0, 2, 3, 1).contiguous())[1])  # (B, H/2, W/2, dim/2)
         x = self.conv2(x.permute(0, 3, 1, 2))
         return self.norm2(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)

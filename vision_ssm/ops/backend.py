@@ -1,5 +1,6 @@
 """Which implementation of an operator runs, and why not a faster one."""
 
+import functools
 import importlib.util
 import os
 import warnings
@@ -77,16 +78,22 @@ def _triton_obstacle(tensor: Tensor, op: str) -> str | None:
         return f"Triton kernels need a CUDA tensor, this one is on {tensor.device}"
     if op not in kernels.MODULES:
         return f"there is no Triton kernel for {op} yet"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
     if tensor.dtype == torch.float64:
         return "the Triton kernels compute in float32, this tensor is float64"
-    if tensor.is_cuda:
+    return _machine_obstacle(tensor.device, tensor.dtype == torch.bfloat16)
+
+
+@functools.cache
+def _machine_obstacle(device: torch.device, bfloat16: bool) -> str | None:
+    """The part of the answer that is slow to find out and does not change in a process."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
         if torch.version.hip is not None:
             return "the Triton kernels are written for warps of 32 lanes, this is an AMD GPU"
-        major, minor = torch.cuda.get_device_capability(tensor.device)
+        major, minor = torch.cuda.get_device_capability(device)
         if major < 7:
             return f"Triton needs compute capability 7.0, this GPU has {major}.{minor}"
-        if tensor.dtype == torch.bfloat16 and major < 8:
+        if bfloat16 and major < 8:
             return f"bfloat16 needs compute capability 8.0, this GPU has {major}.{minor}"
     return None

@@ -23,6 +23,8 @@ import vision_ssm.kernels as kernels
 
 from .backend import select_backend
 
+_LIBRARY = torch.library.Library("vision_ssm", "FRAGMENT")
+
 
 class Implementation(Protocol):
     """What can run an operator."""
@@ -67,15 +69,12 @@ def register_operator(
     def implementation(tensor: Tensor) -> Implementation:
         return kernels.find(name) if select_backend(tensor, name).name == "triton" else chunked
 
-    def empty_saved(inputs: Sequence[Any]) -> list[Tensor]:
-        allocate = getattr(implementation(inputs[0]), "empty_saved", None)
-        if allocate is not None and inputs[-1]:
-            return list(allocate(*inputs))
-        return [inputs[0].new_empty(0) for _ in saved]
-
     def run(*inputs: Any) -> Any:
         chosen = implementation(inputs[0])
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        if chosen is chunked:
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                outputs = chosen.forward(*inputs)
+        else:
             outputs = chosen.forward(*inputs)
         results = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if len(results) == len(returns):
@@ -88,37 +87,42 @@ def register_operator(
         chosen = implementation(inputs[0])
         if not hasattr(chosen, "empty_saved"):
             everything = (*everything[: len(returns)], *inputs)
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        if chosen is chunked:
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                gradients = chosen.backward(*everything)
+        else:
             gradients = chosen.backward(*everything)
-        results: dict[int, Tensor] = {}
-        for argument, value in zip(names, inputs):
-            if _takes_gradient(value):
-                result = gradients[argument].to(value.dtype).contiguous()
-                memory = result.untyped_storage().data_ptr()
-                # outputs of an operator may not share memory, as parts of one sum do
-                results[memory if memory not in results else -len(results) - 1] = (
-                    result.clone() if memory in results else result
-                )
-        return list(results.values())
+        return [
+            gradients[argument].to(value.dtype).contiguous()
+            for argument, value in zip(names, inputs)
+            if _takes_gradient(value)
+        ]
 
     outgoing = ", ".join(f"Tensor {output}" for output in (*returns, *saved))
     incoming = ", ".join([f"Tensor grad_{output}" for output in returns] + [f"Tensor saved_{kept}" for kept in saved])
-    forward = torch.library.custom_op(
-        f"vision_ssm::{name}", run, mutates_args=(), schema=f"({arguments}) -> ({outgoing})"
-    )
-    backward = torch.library.custom_op(
-        f"vision_ssm::{name}_backward", run_backward, mutates_args=(), schema=f"({incoming}, {arguments}) -> Tensor[]"
-    )
-    names = [argument.name for argument in forward._opoverload._schema.arguments]
+    # defined on the library itself: `torch.library.custom_op` checks every call for aliases, which costs more time
+    # than a small kernel takes
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    for qualified, schema, function in (
+        (name, f"({arguments}) -> ({outgoing})", run),
+        (f"{name}_backward", f"({incoming}, {arguments}) -> Tensor[]", run_backward),
+    ):
+        _LIBRARY.define(qualified + schema, tags=tags)
+        _LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")
+    forward = getattr(torch.ops.vision_ssm, name).default
+    backward = getattr(torch.ops.vision_ssm, f"{name}_backward").default
+    names = [argument.name for argument in forward._schema.arguments]
 
-    @forward.register_fake
+    @torch.library.register_fake(f"vision_ssm::{name}", lib=_LIBRARY)
     def fake_forward(*inputs: Any) -> Any:
         outputs = fake(*inputs)
         if not saved:
             return outputs
-        return (*([outputs] if isinstance(outputs, Tensor) else outputs), *empty_saved(inputs))
+        allocate = getattr(implementation(inputs[0]), "empty_saved", None)
+        kept = allocate(*inputs) if allocate and inputs[-1] else [inputs[0].new_empty(0) for _ in saved]
+        return (*([outputs] if isinstance(outputs, Tensor) else outputs), *kept)
 
-    @backward.register_fake
+    @torch.library.register_fake(f"vision_ssm::{name}_backward", lib=_LIBRARY)
     def fake_backward(*everything: Any) -> list[Tensor]:
         inputs = everything[len(returns) + len(saved) :]
         return [value.new_empty(value.shape) for value in inputs if _takes_gradient(value)]
@@ -141,7 +145,12 @@ def register_operator(
         results = iter(backward(*given, *kept, *inputs))
         return tuple(next(results) if _takes_gradient(value) else None for value in inputs)
 
-    forward.register_autograd(differentiate, setup_context=setup_context)
+    torch.library.register_autograd(f"vision_ssm::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY)
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(f"vision_ssm::{name}_backward has no derivative: gradients of gradients are not supported")
+
+    torch.library.register_autograd(f"vision_ssm::{name}_backward", refuse, lib=_LIBRARY)
 
     @register_flop_formula(getattr(torch.ops.vision_ssm, name))
     def forward_flops(*shapes: Any, **_: Any) -> int:

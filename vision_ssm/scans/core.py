@@ -64,6 +64,11 @@ class RouteCore(nn.Module):
             tokens = self.scan(tokens, table, norm if table is tables[-1] else None)
         return tokens.view(batch, height, width, dim)
 
+    def of_routes(self, name: str, table: RouteTable) -> torch.Tensor:
+        """The part of a parameter (K, ...) that belongs to the routes of one table."""
+        parameter: torch.Tensor = getattr(self, name)
+        return parameter if table.read.shape[0] == parameter.shape[0] else parameter[table.routes]
+
     def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
         """x: (B, L, dim). Returns the merged output of the table's routes, normalised by `norm`, (B, L, dim)."""
         raise NotImplementedError
@@ -104,7 +109,7 @@ class S6Core(RouteCore):
         self.D = nn.Parameter(torch.ones(count, dim))
 
     def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
-        weight = self.x_proj_weight[table.routes]
+        weight = self.of_routes("x_proj_weight", table)
         projected = F.linear(x, weight.flatten(0, 1))  # (B, L, K*(R+2N)); pointwise, so it commutes with the routes
         projected = projected.view(*x.shape[:2], *weight.shape[:2])  # (B, L, K, R+2N)
         low_rank, b, c = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
@@ -112,14 +117,14 @@ class S6Core(RouteCore):
         return scan_2d(
             x,
             low_rank,
-            _decay_rate(self.A_log[table.routes]),
+            _decay_rate(self.of_routes("A_log", table)),
             b,
             c,
-            self.D[table.routes],
+            self.of_routes("D", table),
             read=table.read,
             write=table.write,
-            dt_weight=self.dt_proj_weight[table.routes],
-            dt_bias=self.dt_proj_bias[table.routes],
+            dt_weight=self.of_routes("dt_proj_weight", table),
+            dt_bias=self.of_routes("dt_proj_bias", table),
             segment=table.segment,
             **options,
         )
@@ -156,7 +161,7 @@ class SSDCore(RouteCore):
 
     def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
         batch, length, dim = x.shape
-        weight, (count, steps) = self.x_proj_weight[table.routes], table.read.shape
+        weight, (count, steps) = self.of_routes("x_proj_weight", table), table.read.shape
         projected = F.linear(x, weight.flatten(0, 1)).view(batch, length, count, -1)  # (B, L, K, R+2N)
         inputs = torch.cat([x.unsqueeze(2).expand(-1, -1, count, -1), projected], dim=-1)  # (B, L, K, D+R+2N)
         inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))  # routes are summed in float32
@@ -168,11 +173,11 @@ class SSDCore(RouteCore):
         y: torch.Tensor = ssd(  # type: ignore[assignment]  # one tensor, as no final states are asked for
             u.reshape(-1, segment, count * self.heads, dim // self.heads),
             dt.reshape(-1, segment, count * self.heads),
-            _decay_rate(self.A_log[table.routes]).flatten(),
+            _decay_rate(self.of_routes("A_log", table)).flatten(),
             b,
             c,
-            D=self.D[table.routes].flatten(0, 1),
-            dt_bias=self.dt_proj_bias[table.routes].flatten(),
+            D=self.of_routes("D", table).flatten(0, 1),
+            dt_bias=self.of_routes("dt_proj_bias", table).flatten(),
             dt_softplus=True,
             chunk_size=_SSD_CHUNK,
         )
