@@ -17,53 +17,53 @@ from torch import Tensor
 from .merge import merge, merge_projections
 from .route_plan import plan
 from .sizes import ceil_div, power_of_2
-from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rows_of, softplus_log2, softplus_slope, tile_of
+from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, prefetch, rows_of, softplus_log2, softplus_slope, tile_of
 
 _INT32_LIMIT = 2**31 - 1
 
 
 @triton.jit
-def _projection_rows(
-    x, delta, B, C, i, n, mask, stride_xl, stride_pl, stride_bl, stride_cl,
-    RANK: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """What a step at position `i` reads beside its low-rank step sizes: x, B, C, and delta if that is given whole."""
-    i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-    b = delta + i * stride_pl + RANK if PACKED else B + i * stride_bl
-    c = b + STATES if PACKED else C + i * stride_cl
-    value = tl.load(x + i * stride_xl, mask=mask, other=0.0)
-    v = tl.load(delta + i * stride_pl, mask=mask, other=0.0) if RANK == 0 else 0.0
-    if STATES == 1:
-        return value, tl.load(b), tl.load(c), v
+def _projections(
+    delta, B, C, i, n, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, STATES: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """B and C at position `i`: numbers of one state, else rows [STATE_BLOCK].
+
+    LAYOUT "apart": three tensors; "packed": one tensor, whose rows are delta, B and C; "pairs": the same in bfloat16
+    with one state, where B and C are the halves of one aligned word.
+    """
+    if LAYOUT == "apart":
+        b = B + i * stride_bl
+        c = C + i * stride_cl
     else:
-        return value, tl.load(b + n, mask=n < STATES, other=0.0), tl.load(c + n, mask=n < STATES, other=0.0), v
+        b = delta + i * stride_pl + RANK
+        c = b + STATES
+    if LAYOUT == "pairs":
+        pair = tl.load(b.to(tl.pointer_type(tl.uint32)))
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
+    elif STATES == 1:
+        return tl.load(b).to(tl.float32), tl.load(c).to(tl.float32)
+    else:
+        some = n < STATES
+        return tl.load(b + n, mask=some, other=0.0).to(tl.float32), tl.load(c + n, mask=some, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_tile(
-    x, delta, B, C, positions, r, n, mask, stride_xl, stride_pl, stride_bl, stride_cl,
-    TILE: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
+def _ask_for_tile(
+    x, delta, positions, last, stride_xl, stride_pl,
+    TILE: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """All that the steps of a tile read: rows of x, B, C and whole delta, and the tile of low-rank delta."""
-    xs = ()
-    bs = ()
-    cs = ()
-    vs = ()
-    for j in tl.static_range(TILE):
-        value, b, c, v = _projection_rows(
-            x, delta, B, C, tl.load(positions + j), n, mask, stride_xl, stride_pl, stride_bl, stride_cl,
-            RANK, STATES, WIDE, PACKED,
-        )  # fmt: skip
-        xs = xs + (value,)
-        bs = bs + (b,)
-        cs = cs + (c,)
-        vs = vs + (v,)
-    low_rank = 0.0
+    """Bring what the steps of a tile read into the cache, one sector of 32 bytes per lane, without a register.
+
+    `x` points at the first of the program's channels; `last` is the last of them that exists.
+    """
+    i = tl.load(positions + tl.arange(0, TILE))[:, None]
+    i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+    sector: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
+    prefetch(x + i * stride_xl + tl.minimum(tl.arange(0, CHANNELS // sector) * sector, last)[None, :])
     if RANK > 0:
-        i = tl.load(positions + tl.arange(0, TILE))
-        i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-        low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-    return xs, bs, cs, vs, low_rank
+        prefetch(delta + i * stride_pl + (RANK + 2 * STATES - 1))
+        if (RANK + 2 * STATES) * delta.dtype.element_ty.primitive_bitwidth > 128:
+            prefetch(delta + i * stride_pl)
 
 
 @triton.jit(do_not_specialize=["stride_ad", "stride_an"])
@@ -73,8 +73,8 @@ def _forward_kernel(
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_ad, stride_an, padded,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr,
-    KEEP: tl.constexpr, PREFETCH: tl.constexpr,
+    TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, LAYOUT: tl.constexpr,
+    AHEAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     pid = tl.program_id(0)
@@ -97,7 +97,10 @@ def _forward_kernel(
         h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
     skip = 0.0 if D is None else tl.load(D + k * DIM + d, mask=mask, other=0.0)
     shift = 0.0 if bias is None else tl.load(bias + k * DIM + d, mask=mask, other=0.0) * LOG2_E
-    x += image * stride_xb + k * stride_xk + d
+    x += image * stride_xb + k * stride_xk + block * CHANNELS
+    first_x = x
+    x += tl.arange(0, CHANNELS)
+    last = tl.minimum(CHANNELS, DIM - block * CHANNELS) - 1
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
@@ -113,11 +116,6 @@ def _forward_kernel(
     if KEEP > 0:
         states += (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, KEEP * TILE) * STATES * DIM + d
 
-    if PREFETCH:
-        xs, bs, cs, vs, low_rank = _load_tile(
-            x, delta, B, C, positions, r, n, mask,
-            stride_xl, stride_pl, stride_bl, stride_cl, TILE, RANK, STATES, WIDE, PACKED,
-        )  # fmt: skip
     for first in range(0, padded, TILE):
         if KEEP > 0:
             if first % (KEEP * TILE) == 0:
@@ -126,26 +124,37 @@ def _forward_kernel(
                 else:
                     tl.store(states[None, :] + n[:, None] * DIM, h, mask=some)
                 states += STATES * DIM
-        if PREFETCH:
-            ahead = _load_tile(
-                x, delta, B, C, positions + tl.minimum(first + TILE, padded - TILE), r, n, mask,
-                stride_xl, stride_pl, stride_bl, stride_cl, TILE, RANK, STATES, WIDE, PACKED,
+        if AHEAD and first + TILE < padded:
+            _ask_for_tile(
+                first_x, delta, positions + first + TILE, last, stride_xl, stride_pl,
+                TILE, CHANNELS, RANK, STATES, WIDE,
             )  # fmt: skip
-        else:
-            xs, bs, cs, vs, low_rank = _load_tile(
-                x, delta, B, C, positions + first, r, n, mask,
-                stride_xl, stride_pl, stride_bl, stride_cl, TILE, RANK, STATES, WIDE, PACKED,
-            )  # fmt: skip
+        xs = ()
+        bs = ()
+        cs = ()
+        vs = ()
         if RANK > 0:
-            v = precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32))
-            steps = rows_of(v, TILE, CHANNELS)
+            i = tl.load(positions + first + tl.arange(0, TILE))
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
         for j in tl.static_range(TILE):
-            step = (steps[j] if RANK > 0 else vs[j].to(tl.float32) * LOG2_E) + shift
+            i = tl.load(positions + first + j)
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
+            b, c = _projections(delta, B, C, i, n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
+            bs = bs + (b,)
+            cs = cs + (c,)
+            if RANK == 0:
+                vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
+        if RANK > 0:
+            vs = rows_of(precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32)), TILE, CHANNELS)
+        for j in tl.static_range(TILE):
+            step = vs[j] + shift
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             value = xs[j].to(tl.float32)
-            b = bs[j].to(tl.float32) * LN_2
-            c = cs[j].to(tl.float32)
+            b = bs[j] * LN_2
+            c = cs[j]
             if STATES == 1:
                 h = tl.exp2(step * decay_rate) * h + (step * value) * b
                 out = h * c
@@ -155,8 +164,6 @@ def _forward_kernel(
             out += skip * value
             tl.store(y + j * DIM, out.to(y.dtype.element_ty), mask=mask)
         y += TILE * DIM
-        if PREFETCH:
-            xs, bs, cs, vs, low_rank = ahead
 
 
 @triton.jit
@@ -168,8 +175,8 @@ def _backward_kernel(
     padded, part_size, sum_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    PACKED: tl.constexpr,
+    TILE: tl.constexpr, TAIL: tl.constexpr, ALIKE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr, LAYOUT: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Backward of one state per channel; all of a tile's states stay in registers."""
     blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
@@ -194,11 +201,16 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)
     to_b = tl.where((column == RANK)[None, :] & (d >= 0)[:, None], 1.0, 0.0).to(low)  # [CHANNELS, COLUMNS]
     to_c = tl.where((column == RANK + 1)[None, :] & (d >= 0)[:, None], 1.0, 0.0).to(low)
-    x += image * stride_xb + k * stride_xk + d
+    x += image * stride_xb + k * stride_xk + block * CHANNELS
+    first_x = x
+    x += tl.arange(0, CHANNELS)
+    last = tl.minimum(CHANNELS, DIM - block * CHANNELS) - 1
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
-    grad += image * stride_gb + k * stride_gk + d
+    grad += image * stride_gb + k * stride_gk + block * CHANNELS
+    first_grad = grad
+    grad += tl.arange(0, CHANNELS)
     if RANK > 0:
         r = tl.arange(0, RANK_BLOCK)
         some = inside[None, :] & (r < RANK)[:, None]
@@ -219,12 +231,17 @@ def _backward_kernel(
     sum_decay = tl.zeros([CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
-    for _ in range(0, padded, TILE):
+    for first in range(0, padded, TILE):
         positions -= TILE
         written -= TILE
         states -= DIM
         grad_x -= TILE * DIM
         parts -= TILE * width
+        if AHEAD and first + TILE < padded:
+            before = positions - TILE
+            _ask_for_tile(first_x, delta, before, last, stride_xl, stride_pl, TILE, CHANNELS, RANK, 1, WIDE)
+            if ALIKE:
+                _ask_for_tile(first_grad, delta, before, last, stride_gl, stride_pl, TILE, CHANNELS, 0, 1, WIDE)
         if RANK > 0:
             i = tl.load(positions + tl.arange(0, TILE))
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
@@ -239,22 +256,21 @@ def _backward_kernel(
         for j in tl.static_range(TILE):
             i = tl.load(positions + j)
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
-            b = delta + i * stride_pl + RANK if PACKED else B + i * stride_bl
-            c = b + 1 if PACKED else C + i * stride_cl
-            bs = bs + (tl.load(b),)
-            cs = cs + (tl.load(c),)
+            row = i * stride_xl
+            xs = xs + (tl.load(x + row, mask=mask, other=0.0),)
+            b, c = _projections(delta, B, C, i, 0, stride_pl, stride_bl, stride_cl, RANK, 1, LAYOUT)
+            bs = bs + (b,)
+            cs = cs + (c,)
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
-            o = tl.load(written + j)
-            if TAIL:
-                source = tl.maximum(o, 0)
-                source = source.to(tl.int64) if WIDE else source.to(tl.uint32)
-                dy = tl.load(grad + source * stride_gl, mask=mask, other=0.0).to(tl.float32)
-                dys = dys + (tl.where(o >= 0, dy, 0.0),)  # steps behind the end have no output
+            if ALIKE:  # outputs go where inputs come from, in rows of the same stride
+                dys = dys + (tl.load(grad + row, mask=mask, other=0.0),)
             else:
-                source = o.to(tl.int64) if WIDE else o.to(tl.uint32)
-                dys = dys + (tl.load(grad + source * stride_gl, mask=mask, other=0.0),)
+                o = tl.load(written + j)
+                row = tl.maximum(o, 0)
+                row = row.to(tl.int64) if WIDE else row.to(tl.uint32)
+                dy = tl.load(grad + row * stride_gl, mask=mask, other=0.0)
+                dys = dys + (tl.where(o >= 0, dy.to(tl.float32), 0.0) if TAIL else dy,)  # none behind the end
         if RANK > 0:
             v = precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32))
             vs = rows_of(v, TILE, CHANNELS)
@@ -267,7 +283,7 @@ def _backward_kernel(
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             decay = tl.exp2(step * decay_rate)
-            h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j].to(tl.float32) * LN_2)
+            h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j] * LN_2)
             hs = hs + (h,)
             steps = steps + (step,)
             decays = decays + (decay,)
@@ -276,9 +292,9 @@ def _backward_kernel(
         of_c = ()
         for j in tl.static_range(TILE - 1, -1, -1):
             value = xs[j].to(tl.float32)
-            b = bs[j].to(tl.float32)
+            b = bs[j]
             dy = dys[j].to(tl.float32)
-            g = dy * cs[j].to(tl.float32) + back
+            g = dy * cs[j] + back
             back = decays[j] * g
             remembered = hs[j] - (steps[j] * value) * (b * LN_2)  # the state of the step before, decayed
             exponent = g * remembered  # gradient of step size times decay rate
@@ -335,7 +351,7 @@ class _Work(NamedTuple):
 
 
 _TILE = 16
-_PREFETCH = True
+_AHEAD = True
 _MAXNREG = 168
 
 
@@ -388,18 +404,27 @@ class _Call:
         self.softplus = delta_softplus
         self.read = plan(read, work.segments, _TILE, work.length)
         self.write = self.read if write is None else plan(write, work.segments, _TILE, work.length)
-        packed = work.rank > 0 and self.delta.stride()[:3] == self.B.stride()[:3] == self.C.stride()[:3]
-        item = self.delta.element_size() * self.delta.shape[3]
-        self.packed = (
-            packed
-            and self.delta.dtype == self.B.dtype == self.C.dtype
-            and self.B.data_ptr() == self.delta.data_ptr() + item
-            and self.C.data_ptr() == self.B.data_ptr() + self.B.element_size() * work.states
-        )
+        self.layout = self._layout()
         largest = max(
             value.stride(1) * work.length + value.shape[2:].numel() for value in (self.x, self.delta, self.B, self.C)
         )
         self.wide = max(largest, work.padded * work.dim * work.states) > _INT32_LIMIT
+
+    def _layout(self) -> str:
+        """How B and C lie beside delta, see `_projections`."""
+        delta, B, C, states = self.delta, self.B, self.C, self.work.states
+        size = delta.element_size()
+        packed = (
+            self.work.rank > 0
+            and delta.dtype == B.dtype == C.dtype
+            and delta.stride()[:3] == B.stride()[:3] == C.stride()[:3]
+            and B.data_ptr() == delta.data_ptr() + size * self.work.rank
+            and C.data_ptr() == B.data_ptr() + size * states
+        )
+        if not packed:
+            return "apart"
+        aligned = B.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in B.stride()[:3])
+        return "pairs" if aligned and states == 1 and B.dtype == torch.bfloat16 else "packed"
 
     def strides(self) -> tuple[int, ...]:
         return (
@@ -419,7 +444,8 @@ class _Call:
             SOFTPLUS=self.softplus,
             EXACT=self.x.dtype == torch.float32,
             WIDE=self.wide,
-            PACKED=self.packed,
+            LAYOUT=self.layout,
+            AHEAD=_AHEAD,
             num_warps=1,
         )
 
@@ -439,7 +465,7 @@ def _scan(call: _Call, states: Tensor | None) -> Tensor:
             call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
             *call.strides(), *call.A.stride()[1:], work.padded,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
-            KEEP=0 if states is None else work.keep, PREFETCH=work.states == 1 and _PREFETCH,
+            KEEP=0 if states is None else work.keep,
             **call.constants(channels),
         )  # fmt: skip
     return y
@@ -539,7 +565,9 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
             x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions,
             call.write.kept, states, grad, grad_x, grad_delta, parts, sums, grad_weight,
             *call.strides(), *_route_strides(grad), work.padded, parts.stride(0), sums.stride(0),
-            COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps, maxnreg=_MAXNREG,
+            COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
+            ALIKE=call.read is call.write and work.padded == work.steps and grad.stride(1) == x.stride(1),
+            maxnreg=_MAXNREG,
             **call.constants(channels),
         )  # fmt: skip
     by_route = call.read.by_route

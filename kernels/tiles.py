@@ -92,3 +92,12 @@ def precise_dot(a, b, acc):
         high = b.to(a.dtype)
         low = (b - high.to(tl.float32)).to(a.dtype)
         return dot(a, high, dot(a, low, acc))
+
+
+@triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines of `pointers`, of any shape; nothing waits for them."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
