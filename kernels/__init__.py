@@ -9,6 +9,7 @@ from typing import Any
 # Operator -> module of this package with the functions `forward` and `backward`, see `vision_ssm.ops.registration`.
 MODULES: dict[str, str] = {
     "scan_2d": "scan_2d",
+    "selective_scan": "selective_scan",
     "layer_norm": "layer_norm",
     "depthwise_conv": "depthwise_conv",
 }

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .sizes import ceil_div, power_of_2
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -433,7 +434,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, f
     x, line = _lines(x)
     plan = _Plan.choose(x.shape, weight, halo=weight.shape[2] - 1, sums=21)
     grid = (plan.programs(x.shape) * ceil_div(x.shape[3], plan.channels),)
-    _forward_kernel[grid](
+    launch(
+        _forward_kernel,
+        grid,
         x,
         weight,
         bias,
@@ -470,7 +473,9 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
     out = None
     if fused or activation != "none":
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _backward_kernel[(programs * ceil_div(channels, plan.channels),)](
+    launch(
+        _backward_kernel,
+        (programs * ceil_div(channels, plan.channels),),
         grad,
         x,
         weight,
@@ -484,8 +489,18 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
         FUSED=fused,
         **plan.constants(x.shape, weight),
     )
-    _sum_kernel[(ceil_div(total, 32),)](
-        partial, grads["weight"], grads.get("bias"), programs, channels * taps, total, ROWS=128, COLUMNS=32, num_warps=8
+    launch(
+        _sum_kernel,
+        (ceil_div(total, 32),),
+        partial,
+        grads["weight"],
+        grads.get("bias"),
+        programs,
+        channels * taps,
+        total,
+        ROWS=128,
+        COLUMNS=32,
+        num_warps=8,
     )
     grads["x"] = out if fused else _convolve(grad if out is None else out, weight, None, "none", flip=True)
     return grads

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .sizes import ceil_div, power_of_2
 
 _WARPS = 4
@@ -264,25 +265,26 @@ def forward(
     rows = x.numel() // channels
     if rows:
         tiling = _tiling(channels)
-        with torch.cuda.device_of(x):
-            _forward_kernel[(ceil_div(rows, tiling.rows),)](
-                x,
-                residual,
-                None if row_scale is None else row_scale.contiguous(),
-                weight.contiguous(),
-                bias.contiguous(),
-                s,
-                y,
-                statistics,
-                rows,
-                rows // x.shape[0],
-                eps,
-                C=channels,
-                ROWS=tiling.rows,
-                CHUNK=tiling.chunk,
-                PARTS=tiling.parts,
-                num_warps=_WARPS,
-            )
+        launch(
+            _forward_kernel,
+            (ceil_div(rows, tiling.rows),),
+            x,
+            residual,
+            None if row_scale is None else row_scale.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            s,
+            y,
+            statistics,
+            rows,
+            rows // x.shape[0],
+            eps,
+            C=channels,
+            ROWS=tiling.rows,
+            CHUNK=tiling.chunk,
+            PARTS=tiling.parts,
+            num_warps=_WARPS,
+        )
     results = [x.new_empty(0) if s is None else s, y]
     return results if statistics is None else [*results, statistics]
 
@@ -308,26 +310,27 @@ def _launch_backward(
     tiling = _tiling(channels)
     programs = min(ceil_div(rows, tiling.rows), _backward_programs(x.device, tiling.parts))
     partials = x.new_empty(2, programs, channels, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(programs,)](
-            grad_y,
-            grad_s,
-            x,
-            residual,
-            row_scale,
-            statistics,
-            weight,
-            grad_x,
-            grad_residual,
-            partials,
-            rows,
-            rows // x.shape[0],
-            C=channels,
-            ROWS=tiling.rows,
-            CHUNK=tiling.chunk,
-            PARTS=tiling.parts,
-            num_warps=_WARPS,
-        )
+    launch(
+        _backward_kernel,
+        (programs,),
+        grad_y,
+        grad_s,
+        x,
+        residual,
+        row_scale,
+        statistics,
+        weight,
+        grad_x,
+        grad_residual,
+        partials,
+        rows,
+        rows // x.shape[0],
+        C=channels,
+        ROWS=tiling.rows,
+        CHUNK=tiling.chunk,
+        PARTS=tiling.parts,
+        num_warps=_WARPS,
+    )
     # One sum of both would give two views of one storage, which operators may not return.
     return partials[0].sum(0), partials[1].sum(0)
 
@@ -345,6 +348,8 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by name, from the `statistics` that `forward` kept; zeros for `row_scale`."""
     x = x.contiguous()
+    if not grad_y.numel():
+        grad_y = x.new_zeros(x.shape)
     grad_x = torch.empty_like(x)
     gradients = {"x": grad_x}
     grad_residual = None
@@ -356,7 +361,7 @@ def backward(
         gradients["row_scale"] = torch.zeros_like(row_scale)
     gradients["weight"], gradients["bias"] = _launch_backward(
         grad_y.contiguous(),
-        None if residual is None else grad_s.contiguous(),
+        None if residual is None or not grad_s.numel() else grad_s.contiguous(),
         x,
         residual,
         row_scale,

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .route_plan import Bags
 from .sizes import ceil_div, power_of_2
 
@@ -83,7 +84,8 @@ def merge(
     block = power_of_2(dim)
     group = max(1, 2048 // block)  # elements of a program
     grid = (ceil_div(targets, group), batch)
-    _merge_kernel[grid](
+    launch(
+        _merge_kernel, grid,
         steps, bags.rows, bags.offsets, out, total, statistics, weight, bias, targets, steps.shape[1], eps,
         bags.uniform, COUNT=bags.uniform if bags.uniform <= _UNROLLED else 0, DIM=dim, BLOCK=block, TARGETS=group,
         num_warps=4,
@@ -140,7 +142,8 @@ def merge_projections(parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Ten
         return
     block = power_of_2(width)
     group = max(1, 1024 // block)
-    _projections_kernel[(ceil_div(targets, group), images)](
+    launch(
+        _projections_kernel, (ceil_div(targets, group), images),
         parts, bags.rows, bags.offsets, low_rank, B, C, targets, rows, blocks, parts.stride(0), bags.uniform,
         RANK=width - 2 * B.shape[3], STATES=B.shape[3], BLOCK=block, TARGETS=group, num_warps=4,
     )  # fmt: skip

@@ -14,10 +14,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import scan_2d_states
+from .launch import launch
 from .merge import merge, merge_projections
 from .route_plan import plan
 from .sizes import ceil_div, power_of_2
-from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, prefetch, rows_of, softplus_log2, softplus_slope, tile_of
+from .tiles import (
+    INTERPRETED,
+    LN_2,
+    LOG2_E,
+    dot,
+    precise_dot,
+    prefetch,
+    rows_of,
+    softplus_log2,
+    softplus_slope,
+    tile_of,
+)
 
 _INT32_LIMIT = 2**31 - 1
 
@@ -107,8 +120,8 @@ def _forward_kernel(
     r = tl.arange(0, RANK_BLOCK)
     if RANK > 0:
         expand = tl.load(
-            weight + (k * DIM + d)[None, :] * RANK + r[:, None], mask=inside[None, :] & (r < RANK)[:, None], other=0.0
-        ) * LOG2_E  # [RANK_BLOCK, CHANNELS]
+            weight + (k * DIM + d)[:, None] * RANK + r[None, :], mask=inside[:, None] & (r < RANK)[None, :], other=0.0
+        ) * LOG2_E  # [CHANNELS, RANK_BLOCK]
     else:
         delta += d
     positions += line * padded
@@ -147,7 +160,8 @@ def _forward_kernel(
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
         if RANK > 0:
-            vs = rows_of(precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32)), TILE, CHANNELS)
+            v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
+            vs = rows_of(v, TILE, CHANNELS)
         for j in tl.static_range(TILE):
             step = vs[j] + shift
             if SOFTPLUS:
@@ -168,15 +182,15 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
+    x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
     grad_x, grad_delta, parts, sums, grad_weight,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
     padded, part_size, sum_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr, TAIL: tl.constexpr, ALIKE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
-    WIDE: tl.constexpr, LAYOUT: tl.constexpr, AHEAD: tl.constexpr,
+    TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Backward of one state per channel; all of a tile's states stay in registers."""
     blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
@@ -199,25 +213,20 @@ def _backward_kernel(
     # float16 would not hold every gradient, and the interpreter cuts bfloat16 off instead of rounding
     low = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 and not INTERPRETED else tl.float32
     column = tl.arange(0, COLUMNS)
-    to_b = tl.where((column == RANK)[None, :] & (d >= 0)[:, None], 1.0, 0.0).to(low)  # [CHANNELS, COLUMNS]
-    to_c = tl.where((column == RANK + 1)[None, :] & (d >= 0)[:, None], 1.0, 0.0).to(low)
-    x += image * stride_xb + k * stride_xk + block * CHANNELS
-    first_x = x
-    x += tl.arange(0, CHANNELS)
-    last = tl.minimum(CHANNELS, DIM - block * CHANNELS) - 1
+    to_b = tl.where((column == RANK)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)  # [COLUMNS, CHANNELS]
+    to_c = tl.where((column == RANK + 1)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)
+    x += image * stride_xb + k * stride_xk + d
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
-    grad += image * stride_gb + k * stride_gk + block * CHANNELS
-    first_grad = grad
-    grad += tl.arange(0, CHANNELS)
+    grad += image * stride_gb + k * stride_gk + d
     if RANK > 0:
         r = tl.arange(0, RANK_BLOCK)
-        some = inside[None, :] & (r < RANK)[:, None]
-        expand = tl.load(weight + place[None, :] * RANK + r[:, None], mask=some, other=0.0) * LOG2_E
-        some = inside[:, None] & (column < RANK)[None, :]
-        contract = tl.load(weight + place[:, None] * RANK + column[None, :], mask=some, other=0.0).to(low)
-        sum_weight = tl.zeros([RANK_BLOCK, CHANNELS], tl.float32)
+        some = inside[:, None] & (r < RANK)[None, :]
+        expand = tl.load(weight + place[:, None] * RANK + r[None, :], mask=some, other=0.0) * LOG2_E
+        some = inside[None, :] & (column < RANK)[:, None]
+        contract = tl.load(weight + place[None, :] * RANK + column[:, None], mask=some, other=0.0).to(low)
+        sum_weight = tl.zeros([CHANNELS, RANK_BLOCK], tl.float32)
     else:
         delta += d
         grad_delta += (walk * padded + padded) * DIM + d
@@ -225,23 +234,20 @@ def _backward_kernel(
     written += line * padded + padded
     grad_x += (walk * padded + padded) * DIM + d
     states += (walk + 1) * (padded // TILE) * DIM + d
-    parts += block * part_size + (walk * padded + padded + tl.arange(0, TILE)[:, None]) * width + column[None, :]
+    parts += block * part_size + (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width + column[:, None]
 
     back = tl.zeros([CHANNELS], tl.float32)  # gradient of the state, carried one step back
+    if end is not None:
+        back = tl.load(end + walk * DIM + d, mask=mask, other=0.0)
     sum_decay = tl.zeros([CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
-    for first in range(0, padded, TILE):
+    for _ in range(0, padded, TILE):
         positions -= TILE
         written -= TILE
         states -= DIM
         grad_x -= TILE * DIM
         parts -= TILE * width
-        if AHEAD and first + TILE < padded:
-            before = positions - TILE
-            _ask_for_tile(first_x, delta, before, last, stride_xl, stride_pl, TILE, CHANNELS, RANK, 1, WIDE)
-            if ALIKE:
-                _ask_for_tile(first_grad, delta, before, last, stride_gl, stride_pl, TILE, CHANNELS, 0, 1, WIDE)
         if RANK > 0:
             i = tl.load(positions + tl.arange(0, TILE))
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
@@ -253,26 +259,28 @@ def _backward_kernel(
         cs = ()
         vs = ()
         dys = ()
+        sources = ()
         for j in tl.static_range(TILE):
             i = tl.load(positions + j)
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            row = i * stride_xl
-            xs = xs + (tl.load(x + row, mask=mask, other=0.0),)
+            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
             b, c = _projections(delta, B, C, i, 0, stride_pl, stride_bl, stride_cl, RANK, 1, LAYOUT)
             bs = bs + (b,)
             cs = cs + (c,)
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
-            if ALIKE:  # outputs go where inputs come from, in rows of the same stride
-                dys = dys + (tl.load(grad + row, mask=mask, other=0.0),)
-            else:
-                o = tl.load(written + j)
+            o = tl.load(written + j)
+            if TAIL:
                 row = tl.maximum(o, 0)
                 row = row.to(tl.int64) if WIDE else row.to(tl.uint32)
-                dy = tl.load(grad + row * stride_gl, mask=mask, other=0.0)
-                dys = dys + (tl.where(o >= 0, dy.to(tl.float32), 0.0) if TAIL else dy,)  # none behind the end
+                dy = tl.load(grad + row * stride_gl, mask=mask, other=0.0).to(tl.float32)
+                dys = dys + (tl.where(o >= 0, dy, 0.0),)  # steps behind the end have no output
+                sources = sources + (o,)
+            else:
+                row = o.to(tl.int64) if WIDE else o.to(tl.uint32)
+                dys = dys + (tl.load(grad + row * stride_gl, mask=mask, other=0.0),)
         if RANK > 0:
-            v = precise_dot(low_rank, expand, tl.zeros([TILE, CHANNELS], tl.float32))
+            v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
             vs = rows_of(v, TILE, CHANNELS)
         h = tl.load(states, mask=mask, other=0.0)
         hs = ()
@@ -282,6 +290,8 @@ def _backward_kernel(
             step = vs[j] + shift
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
+            if TAIL and end is not None:
+                step = tl.where(sources[j] >= 0, step, 0.0)  # the last state is that of the last real step
             decay = tl.exp2(step * decay_rate)
             h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j] * LN_2)
             hs = hs + (h,)
@@ -302,6 +312,8 @@ def _backward_kernel(
             slope = decay_rate * exponent + gv * b  # gradient of the step size
             if SOFTPLUS:
                 slope *= softplus_slope(vs[j] + shift, steps[j], EXACT)
+            if TAIL and end is not None:
+                slope = tl.where(sources[j] >= 0, slope, 0.0)
             tl.store(grad_x + j * DIM, (g * (b * LN_2) * steps[j] + skip * dy).to(grad_x.dtype.element_ty), mask=mask)
             if RANK == 0:
                 tl.store(grad_delta + j * DIM, slope.to(grad_delta.dtype.element_ty), mask=mask)
@@ -311,21 +323,21 @@ def _backward_kernel(
             slopes = (slope,) + slopes
             of_b = (gv * steps[j],) + of_b
             of_c = (dy * hs[j],) + of_c
-        columns = dot(tile_of(of_b, 0, TILE, CHANNELS).to(low), to_b, tl.zeros([TILE, COLUMNS], tl.float32))
+        columns = dot(to_b, tile_of(of_b, 0, 1, TILE, CHANNELS).to(low), tl.zeros([COLUMNS, TILE], tl.float32))
         columns = columns * LN_2
-        columns = dot(tile_of(of_c, 0, TILE, CHANNELS).to(low), to_c, columns)
+        columns = dot(to_c, tile_of(of_c, 0, 1, TILE, CHANNELS).to(low), columns)
         if RANK > 0:
-            slope = tile_of(slopes, 0, TILE, CHANNELS).to(low)
-            columns = dot(slope, contract, columns)
-            sum_weight = dot(tl.trans(low_rank).to(low), slope, sum_weight)
-        tl.store(parts, columns, mask=(column < width)[None, :] & (tl.arange(0, TILE) >= 0)[:, None])
+            slope = tile_of(slopes, 0, 1, TILE, CHANNELS).to(low)
+            columns = dot(contract, slope, columns)
+            sum_weight = dot(slope, low_rank.to(low), sum_weight)
+        tl.store(parts, columns, mask=(column < width)[:, None] & (tl.arange(0, TILE) >= 0)[None, :])
     sums += walk * DIM + d
     tl.store(sums, sum_decay * LN_2, mask=mask)
     tl.store(sums + sum_size, sum_skip, mask=mask)
     tl.store(sums + 2 * sum_size, sum_shift, mask=mask)
     if RANK > 0:
-        some = inside[None, :] & (r < RANK)[:, None]
-        tl.store(grad_weight + (walk * DIM + d)[None, :] * RANK + r[:, None], sum_weight, mask=some)
+        some = inside[:, None] & (r < RANK)[None, :]
+        tl.store(grad_weight + (walk * DIM + d)[:, None] * RANK + r[None, :], sum_weight, mask=some)
 
 
 class _Work(NamedTuple):
@@ -343,16 +355,20 @@ class _Work(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return ceil_div(self.steps, _TILE) * _TILE
+        return ceil_div(self.steps, TILE) * TILE
 
     @property
     def rows(self) -> int:
         return self.routes * self.segments * self.padded
 
 
-_TILE = 16
-_AHEAD = True
-_MAXNREG = 168
+TILE = 16  # steps
+_BACKWARD_REGISTERS = 168  # 12 warps per multiprocessor
+
+
+def tiles_per_state(states: int) -> int:
+    """Tiles between the states that forward keeps: all of them are small beside the map."""
+    return 1 if states == 1 else 4
 
 
 def _work(x: Tensor, delta: Tensor, A: Tensor, read: Tensor, dt_weight: Tensor | None, segment: int | None) -> _Work:
@@ -360,8 +376,7 @@ def _work(x: Tensor, delta: Tensor, A: Tensor, read: Tensor, dt_weight: Tensor |
     steps = segment or total
     states = A.shape[2]
     rank = 0 if dt_weight is None else delta.shape[3]
-    keep = 1 if states == 1 else 4
-    return _Work(x.shape[0], x.shape[1], routes, total // steps, steps, x.shape[-1], states, rank, keep)
+    return _Work(x.shape[0], x.shape[1], routes, total // steps, steps, x.shape[-1], states, rank, tiles_per_state(states))
 
 
 def _step_dtype(x: Tensor) -> torch.dtype:
@@ -378,7 +393,7 @@ def _route_strides(x: Tensor) -> tuple[int, int, int]:
     return (*x.stride()[:2], x.stride(2) if x.dim() == 4 else 0)
 
 
-class _Call:
+class Call:
     """Inputs of a call as the kernels take them."""
 
     def __init__(
@@ -402,8 +417,8 @@ class _Call:
             None if value is None else value.float().contiguous() for value in (A, D, dt_weight, dt_bias)
         )
         self.softplus = delta_softplus
-        self.read = plan(read, work.segments, _TILE, work.length)
-        self.write = self.read if write is None else plan(write, work.segments, _TILE, work.length)
+        self.read = plan(read, work.segments, TILE, work.length)
+        self.write = self.read if write is None else plan(write, work.segments, TILE, work.length)
         self.layout = self._layout()
         largest = max(
             value.stride(1) * work.length + value.shape[2:].numel() for value in (self.x, self.delta, self.B, self.C)
@@ -440,12 +455,10 @@ class _Call:
             RANK=work.rank,
             RANK_BLOCK=max(16, power_of_2(work.rank) if work.rank else 0),
             CHANNELS=channels,
-            TILE=_TILE,
+            TILE=TILE,
             SOFTPLUS=self.softplus,
             EXACT=self.x.dtype == torch.float32,
             WIDE=self.wide,
-            LAYOUT=self.layout,
-            AHEAD=_AHEAD,
             num_warps=1,
         )
 
@@ -454,25 +467,26 @@ def _forward_channels(work: _Work) -> int:
     return 64 if work.states == 1 and work.dim % 64 == 0 else 32
 
 
-def _scan(call: _Call, states: Tensor | None) -> Tensor:
+def _scan(call: Call, states: Tensor | None) -> Tensor:
     """Outputs of every step, (B, rows, D); fills `states`."""
     work = call.work
     y = call.x.new_empty(work.images, work.rows, work.dim, dtype=_step_dtype(call.x))
     channels = _forward_channels(work)
     grid = work.images * work.routes * work.segments * ceil_div(work.dim, channels)
     if grid:
-        _forward_kernel[(grid,)](
+        launch(
+            _forward_kernel, (grid,),
             call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
             *call.strides(), *call.A.stride()[1:], work.padded,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
-            KEEP=0 if states is None else work.keep,
+            KEEP=0 if states is None else work.keep, AHEAD=True, LAYOUT=call.layout,
             **call.constants(channels),
         )  # fmt: skip
     return y
 
 
 def _empty_states(x: Tensor, work: _Work) -> Tensor:
-    kept = ceil_div(work.padded, work.keep * _TILE)
+    kept = ceil_div(work.padded, work.keep * TILE)
     return x.new_empty(work.images, work.routes * work.segments, kept, work.states, work.dim, dtype=torch.float32)
 
 
@@ -502,7 +516,7 @@ def forward(
     norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `vision_ssm.ops.scan_2d`. Returns the output and, if `save`, what `empty_saved` allocates."""
-    call = _Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
+    call = Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
     saved: tuple[Tensor, ...] = ()
     if save:
         saved = empty_saved(
@@ -532,7 +546,7 @@ def backward(
     norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of all floating-point inputs that are given, by name."""
-    call = _Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
+    call = Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
     if not save:  # forward kept nothing
         inputs = (x, delta, A, B, C, D, read, write, dt_weight, dt_bias, norm_weight, norm_bias, norm_eps)
         _, total, statistics, states = forward(*inputs, delta_softplus, segment, merged, True)
@@ -545,10 +559,18 @@ def backward(
             rows, total.view_as(rows), statistics.view(-1, 2), norm_weight, out_dtype=_step_dtype(x)
         )
         grad = flat.view_as(grad)
-    return grads | _scan_backward(call, _rows_contiguous(grad), states)
+    return grads | scan_backward(call, _rows_contiguous(grad), states)
 
 
-def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tensor]:
+def scan_backward(call: Call, grad: Tensor, states: Tensor, end: Tensor | None = None) -> dict[str, Tensor]:
+    """Gradients of the inputs of a call.
+
+    Args:
+        call: the inputs.
+        grad: (B, L, D) or (B, L, K, D), of the output before a norm, contiguous in channels.
+        states: what forward kept.
+        end: (B, K * segments, N, D) float32, of the last states; None: zeros.
+    """
     work, x, dtype = call.work, call.x, _step_dtype(call.x)
     channels = 32
     blocks = ceil_div(work.dim, channels)
@@ -560,15 +582,21 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
     sums = x.new_empty(work.states + 2, work.images, lines, work.dim, dtype=torch.float32)
     grad_weight = x.new_empty(work.images, lines, work.dim, work.rank, dtype=torch.float32) if work.rank else None
     grid = work.images * lines * blocks
-    if grid:
-        _backward_kernel[(grid,)](
-            x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions,
-            call.write.kept, states, grad, grad_x, grad_delta, parts, sums, grad_weight,
-            *call.strides(), *_route_strides(grad), work.padded, parts.stride(0), sums.stride(0),
+    inputs = (
+        x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, call.write.kept,
+        states, grad, end, grad_x, grad_delta, parts, sums, grad_weight,
+    )  # fmt: skip
+    strides = (*call.strides(), *_route_strides(grad))
+    if work.states > 1:
+        scan_2d_states.launch_backward(
+            *inputs, strides, work.steps, TILE, work.keep, softplus=call.softplus, wide=call.wide
+        )
+    elif grid:
+        launch(
+            _backward_kernel, (grid,), *inputs, *strides, work.padded, parts.stride(0), sums.stride(0),
             COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
-            ALIKE=call.read is call.write and work.padded == work.steps and grad.stride(1) == x.stride(1),
-            maxnreg=_MAXNREG,
-            **call.constants(channels),
+            LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two cost registers here
+            maxnreg=_BACKWARD_REGISTERS if work.rank <= 16 else None, **call.constants(channels),
         )  # fmt: skip
     by_route = call.read.by_route
     grads = {name: call_value.new_empty(call_value.shape) for name, call_value in (("B", call.B), ("C", call.C))}

@@ -1,6 +1,6 @@
 """Pieces of kernels: rows of a tile, softplus, precise products.
 
-Kernels here hand out one warp per 32 or more channels. A tile [STEPS, CHANNELS] then keeps all its steps inside of each
+Kernels here hand out one warp per 32 or more channels. A tile [CHANNELS, STEPS] then keeps all its steps inside of each
 lane, and taking it apart into rows, or putting rows together, costs no instruction.
 """
 
@@ -16,24 +16,28 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def rows_of(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """[STEPS, CHANNELS] -> tuple of STEPS rows [CHANNELS]."""
+    """[CHANNELS, STEPS] -> tuple of STEPS rows [CHANNELS]."""
     if STEPS == 1:
         return (tl.reshape(tile, [CHANNELS]),)
     else:
-        half: tl.constexpr = STEPS // 2
-        first, second = tl.split(tl.permute(tl.reshape(tile, [2, half, CHANNELS]), (1, 2, 0)))
-        return rows_of(first, half, CHANNELS) + rows_of(second, half, CHANNELS)
+        even, odd = tl.split(tl.reshape(tile, [CHANNELS, STEPS // 2, 2]))
+        evens = rows_of(even, STEPS // 2, CHANNELS)
+        odds = rows_of(odd, STEPS // 2, CHANNELS)
+        rows = ()
+        for j in tl.static_range(STEPS // 2):
+            rows = rows + (evens[j], odds[j])
+        return rows
 
 
 @triton.jit
-def tile_of(rows, FIRST: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Rows FIRST .. FIRST + STEPS - 1 of a tuple -> [STEPS, CHANNELS]."""
+def tile_of(rows, FIRST: tl.constexpr, STRIDE: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """STEPS rows [CHANNELS] of a tuple, FIRST, FIRST + STRIDE and so on -> [CHANNELS, STEPS]."""
     if STEPS == 1:
-        return tl.reshape(rows[FIRST], [1, CHANNELS])
+        return tl.reshape(rows[FIRST], [CHANNELS, 1])
     else:
-        half: tl.constexpr = STEPS // 2
-        pair = tl.join(tile_of(rows, FIRST, half, CHANNELS), tile_of(rows, FIRST + half, half, CHANNELS))
-        return tl.reshape(tl.permute(pair, (2, 0, 1)), [STEPS, CHANNELS])
+        even = tile_of(rows, FIRST, 2 * STRIDE, STEPS // 2, CHANNELS)
+        odd = tile_of(rows, FIRST + STRIDE, 2 * STRIDE, STEPS // 2, CHANNELS)
+        return tl.reshape(tl.join(even, odd), [CHANNELS, STEPS])
 
 
 @triton.jit
@@ -85,13 +89,13 @@ def dot(a, b, acc):
 
 @triton.jit
 def precise_dot(a, b, acc):
-    """`dot` with `b` in float32, whatever the type of `a`: a half-precision `b` is split into two terms."""
-    if a.dtype == tl.float32:
+    """`dot` with `a` in float32, whatever the type of `b`: a half-precision `a` is split into two terms."""
+    if b.dtype == tl.float32:
         return dot(a, b, acc)
     else:
-        high = b.to(a.dtype)
-        low = (b - high.to(tl.float32)).to(a.dtype)
-        return dot(a, high, dot(a, low, acc))
+        high = a.to(b.dtype)
+        low = (a - high.to(tl.float32)).to(b.dtype)
+        return dot(high, b, dot(low, b, acc))
 
 
 @triton.jit

@@ -78,6 +78,7 @@ def scan_2d_inputs(
     segment: int | None = None,
     skip: bool = True,
     bias: bool = True,
+    softplus: bool = True,
     norm: bool = False,
     per_route: bool = False,
     merge: bool = True,
@@ -115,7 +116,29 @@ def scan_2d_inputs(
         inputs["D"] = torch.randn(count, dim)
     if bias:
         inputs["dt_bias"] = torch.randn(count, dim) - 1
+    if not softplus:
+        inputs["delta_softplus"] = False
+        for name in {"delta", "dt_weight", "dt_bias"} & inputs.keys():  # step sizes are positive
+            inputs[name] = inputs[name].abs() / 2
     return inputs
+
+
+def pack_projections(inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` of `scan_2d` with delta, B and C in one tensor "packed", as the projection of a model gives them."""
+    parts = [inputs[name] for name in ("delta", "B", "C")]
+    others = {name: value for name, value in inputs.items() if name not in ("delta", "B", "C")}
+    return others | {"packed": torch.cat(parts, dim=-1)}
+
+
+def unpacked(operator: Callable) -> Callable:
+    """`operator` of what `pack_projections` gives: it is called with views of the packed tensor."""
+
+    def of_views(packed: Tensor, **others: Any) -> Tensor:
+        rank, states = others["dt_weight"].shape[2], others["A"].shape[2]
+        delta, B, C = packed.split([rank, states, states], dim=-1)
+        return operator(delta=delta, B=B, C=C, **others)
+
+    return of_views
 
 
 def ssd_inputs(
@@ -208,23 +231,30 @@ def check(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
     assert error <= tolerance * size, f"{name}: relative RMS error {float(error / size):.2e} exceeds {tolerance:.0e}"
 
 
-def compare_with_twin(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> None:
-    """Outputs and all gradients of an operator in `dtype` against its twin in float64 on the same values."""
-    operator, twin = OPERATORS[op]
+def compare(name: str, operator: Callable, twin: Callable, inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    """Outputs and all gradients of `operator` in `dtype` against those of `twin` in float64 on the same values."""
     inputs = cast(inputs, dtype)
-    exact = {name: value.double() if is_float(value) else value for name, value in inputs.items()}
+    exact = {key: value.double() if is_float(value) else value for key, value in inputs.items()}
     with torch.no_grad():
         outputs = twin(**exact)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    cotangents = [torch.randn(output.shape).to(dtype) for output in outputs]
+    cotangents = [torch.randn_like(output).to(dtype) for output in outputs]
     want = run(twin, exact, cotangents)
     got = run(operator, inputs, cotangents)
     assert got.keys() == want.keys()
-    for name, value in want.items():
-        check(f"{op} {name}", got[name], value, TOLERANCE[dtype])
-    for name, value in inputs.items():
+    for key, value in want.items():
+        check(f"{name} {key}", got[key], value, TOLERANCE[dtype])
+    for key, value in inputs.items():
         if is_float(value):
-            assert got[f"gradient of {name}"].dtype == value.dtype
+            assert got[f"gradient of {key}"].dtype == value.dtype
+
+
+def compare_with_twin(op: str, inputs: dict[str, Any], dtype: torch.dtype) -> None:
+    """An operator in `dtype` against its twin in float64; `inputs` may come from `pack_projections`."""
+    operator, twin = OPERATORS[op]
+    if "packed" in inputs:
+        operator, twin = unpacked(operator), unpacked(twin)
+    compare(op, operator, twin, inputs, dtype)
 
 
 class Poison:
@@ -240,7 +270,7 @@ class Poison:
         def poisoned(*args: Any, **kwargs: Any) -> Tensor:
             result = function(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if caller.startswith("vision_ssm.ops") and result.is_floating_point():
+            if caller.startswith(("vision_ssm.ops", "vision_ssm.kernels")) and result.is_floating_point():
                 self.count += 1
                 result.fill_(torch.nan)
             return result

@@ -113,6 +113,7 @@ def test_a_registered_kernel_runs(monkeypatch, triton_kernel):
     assert triton_kernel == ["forward", "backward"]
     for name, value in want.items():
         assert torch.equal(got[name], value), name
+    monkeypatch.delitem(kernels.MODULES, "scan_2d")
     assert "there is no Triton kernel for scan_2d" in select_backend(torch.zeros(1), "scan_2d").reason
 
 
@@ -141,6 +142,7 @@ def test_missing_triton_is_reported_once(monkeypatch, triton_kernel):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         select_backend(tensor, "ssd")
+    monkeypatch.delitem(kernels.MODULES, "scan_2d")
     with pytest.warns(UserWarning, match="there is no Triton kernel for scan_2d"):
         select_backend(tensor, "scan_2d")
 
@@ -180,7 +182,7 @@ BAD = [
     (selective_scan, "delta_bias", lambda t: t[:-1], ValueError, r"delta_bias has shape \(23,\), expected \(dim\)"),
     (selective_scan, "C", lambda t: t.to("meta"), ValueError, r"C is on meta but u is on cpu; move both"),
     # scan_2d: x (2, 20, 24), 4 routes
-    (scan_2d, "x", lambda t: t.view(2, 4, 5, 24), ValueError, r"x must be \(B, L, D\), got shape \(2, 4, 5, 24\)"),
+    (scan_2d, "x", lambda t: t.view(2, 4, 5, 24), ValueError, r"x has shape \(2, 4, 5, 24\), expected \(B, L, K routes of read, D\)"),
     (scan_2d, "read", lambda t: t.float(), TypeError, r"read must be an int32 or int64 tensor .*got torch.float32"),
     (scan_2d, "read", lambda t: t.tolist(), TypeError, r"read must be an int32 or int64 tensor .*got list"),
     (scan_2d, "read", lambda t: t[0], ValueError, r"read must be \(K routes, T steps\) and not empty, got .*\(20,\)"),

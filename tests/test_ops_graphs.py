@@ -9,7 +9,7 @@ from vision_ssm.ops import scan_2d, selective_scan, ssd
 from vision_ssm.ops.flops import scan_2d_flops, selective_scan_flops, ssd_flops
 
 ARGUMENTS = {
-    "selective_scan": ["u", "delta", "A", "B", "C", "D", "delta_bias", "delta_softplus"],
+    "selective_scan": ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "save"],
     "scan_2d": [
         *("x", "delta", "A", "B", "C", "D", "read", "write", "dt_weight", "dt_bias", "norm_weight", "norm_bias"),
         *("norm_eps", "delta_softplus", "segment", "merge", "save"),
@@ -146,11 +146,11 @@ def counted(function):
 
 def test_flops_selective_scan():
     inputs = INPUTS["selective_scan"](batch=2, dim=24, length=10, states=3)
-    forward = selective_scan_flops(2, 10, 24, 3)
-    assert forward == 9 * 2 * 10 * 24 * 3 + 2 * 10 * 24
+    forward = selective_scan_flops(2, 10, 24, 3, gate=True)
+    assert forward == 9 * 2 * 10 * 24 * 3 + 2 * (2 * 10 * 24)
     assert counted(lambda: selective_scan(**inputs)) == {"vision_ssm.selective_scan": forward}
     assert selective_scan_flops(2, 10, 24, 3, skip=False) == 9 * 2 * 10 * 24 * 3
-    assert selective_scan_flops(2, 10, 24, 3, gate=True) == forward + 2 * 10 * 24
+    assert selective_scan_flops(2, 10, 24, 3) == forward - 2 * 10 * 24
     assert counted(lambda: run(selective_scan, inputs)) == {
         "vision_ssm.selective_scan": forward,
         "vision_ssm.selective_scan_backward": 2 * forward,

@@ -80,6 +80,24 @@ SCAN_2D = {
     "full step sizes": dict(rank=None, size=(8, 9)),
     "full step sizes, no bias": dict(rank=None, bias=False),
     "no bias, no skip": dict(bias=False, skip=False),
+    "no softplus": dict(softplus=False),
+    "norm": dict(norm=True),
+    "norm, chunks, one state": dict(norm=True, size=(8, 9), states=1),
+    "norm, part of the map": dict(norm=True, steps=7),
+    "norm, written elsewhere": dict(norm=True, write=True, steps=12),
+    "map per route": dict(per_route=True),
+    "map per route, chunks": dict(per_route=True, size=(8, 9), rank=None),
+    "map per route, part, written elsewhere": dict(per_route=True, steps=7, write=True),
+    "map per route, segments": dict(per_route=True, segment=5),
+    "map per route, norm": dict(per_route=True, norm=True),
+    "routes apart": dict(merge=False),
+    "routes apart, chunks": dict(merge=False, size=(8, 9)),
+    "routes apart, part, written elsewhere": dict(merge=False, steps=7, write=True),
+    "routes apart, repeated positions": dict(merge=False, routes="3", size=(6, 7)),
+    "routes apart, segments": dict(merge=False, segment=5),
+    "routes apart, norm": dict(merge=False, norm=True),
+    "map per route, routes apart": dict(per_route=True, merge=False),
+    "map per route, routes apart, norm, segments": dict(per_route=True, merge=False, norm=True, segment=4),
 }
 SSD = {
     "one step": dict(length=1, batch=16),
@@ -121,6 +139,57 @@ def test_no_images(op):
 @pytest.mark.parametrize("op", OPERATORS)
 def test_twin_in_half_precision(op, dtype):
     compare_with_twin(op, INPUTS[op](), dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=identify)
+@pytest.mark.parametrize("options", [dict(), dict(per_route=True, merge=False)], ids=["merged", "routes apart"])
+def test_norm_in_half_precision(options, dtype):
+    """The scan and the norm are computed in float32; only the result is rounded."""
+    inputs = scan_2d_inputs(norm=True, **options)
+    compare_with_twin("scan_2d", inputs, dtype)
+    inputs = cast(inputs, dtype)
+    result = scan_2d(**inputs)
+    assert result.dtype == dtype
+    wide = scan_2d(**{name: value.float() if is_float(value) else value for name, value in inputs.items()})
+    assert torch.equal(result, wide.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=identify)
+def test_norm_without_bias(dtype):
+    inputs = scan_2d_inputs(norm=True)
+    del inputs["norm_bias"]
+    compare_with_twin("scan_2d", inputs, dtype)
+
+
+def test_norm_eps_counts():
+    """Next to a large `norm_eps` the deviation of the map is nothing, so that the result shrinks to the bias."""
+    inputs = cast(scan_2d_inputs(norm=True), torch.float64)
+    for eps in (1e-5, 1.0, 1e20):
+        got, want = (function(**inputs, norm_eps=eps) for function in OPERATORS["scan_2d"])
+        check(f"scan_2d with norm_eps={eps}", got, want, TOLERANCE[torch.float64])
+    assert (got - inputs["norm_bias"]).abs().max() < 1e-6
+
+
+def test_norm_is_the_layer_norm_of_the_result():
+    inputs = scan_2d_inputs(norm=True)
+    bare = {name: value for name, value in inputs.items() if not name.startswith("norm")}
+    want = torch.nn.functional.layer_norm(scan_2d(**bare), (24,), inputs["norm_weight"], inputs["norm_bias"])
+    check("scan_2d", scan_2d(**inputs), want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("per_route", [False, True], ids=["one map", "map per route"])
+def test_routes_apart_add_up(per_route):
+    """The merged result is the sum of the routes, and route k is what it is alone."""
+    inputs = cast(scan_2d_inputs(merge=False, per_route=per_route, write=True, steps=9), torch.float64)
+    apart = scan_2d(**inputs)
+    assert apart.shape == (2, 20, 4, 24)
+    check("the sum", scan_2d(**inputs | {"merge": True}), apart.sum(2), TOLERANCE[torch.float64])
+    of_route = {"A", "D", "read", "write", "dt_weight", "dt_bias"}
+    for k in range(4):
+        alone = {name: value[k : k + 1] if name in of_route else value for name, value in inputs.items()}
+        alone |= {name: inputs[name][:, :, k : k + 1] for name in ("delta", "B", "C")}
+        alone["x"] = inputs["x"][:, :, k] if per_route else inputs["x"]
+        check(f"route {k}", apart[:, :, k], scan_2d(**alone | {"merge": True}), TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -186,6 +255,8 @@ def test_growing_states(op):
         ("selective_scan", dict(length=70, groups=3)),
         ("scan_2d", dict(size=(8, 9), write=True)),
         ("scan_2d", dict(size=(8, 9), rank=None)),
+        ("scan_2d", dict(size=(8, 9), norm=True, per_route=True, merge=False)),
+        ("scan_2d", dict(size=(8, 9), per_route=True, write=True)),
         ("ssd", dict(length=30)),
     ],
 )
@@ -201,6 +272,9 @@ def test_blocks(op, options, elements, monkeypatch):
         ("selective_scan", dict(length=70)),
         ("scan_2d", dict(size=(8, 9), steps=70)),
         ("scan_2d", dict(write=True, steps=7, rank=None)),
+        ("scan_2d", dict(write=True, steps=7, norm=True)),
+        ("scan_2d", dict(write=True, steps=7, per_route=True, merge=False)),
+        ("scan_2d", dict(write=True, steps=8, segment=4, norm=True, merge=False)),
         ("ssd", {}),
     ],
 )
@@ -210,11 +284,18 @@ def test_no_uninitialised_memory_is_read(op, options, monkeypatch):
     assert poison.count > 0 or op == "ssd"  # ssd asks for none
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_repetition_is_bit_equal(op):
-    inputs = INPUTS[op](
-        **{"selective_scan": dict(length=200), "scan_2d": dict(size=(13, 15)), "ssd": dict(length=99)}[op]
-    )
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("selective_scan", dict(length=200)),
+        ("scan_2d", dict(size=(13, 15))),
+        ("scan_2d", dict(size=(13, 15), norm=True, per_route=True)),
+        ("scan_2d", dict(size=(13, 15), norm=True, merge=False)),
+        ("ssd", dict(length=99)),
+    ],
+)
+def test_repetition_is_bit_equal(op, options):
+    inputs = INPUTS[op](**options)
     first = run(OPERATORS[op][0], inputs)
     run(OPERATORS[op][0], INPUTS[op]())  # leaves other values in scratch memory
     second = run(OPERATORS[op][0], inputs)
@@ -240,9 +321,14 @@ def test_gradcheck(op, options):
     assert torch.autograd.gradcheck(function, [inputs[name].requires_grad_() for name in names])
 
 
-def test_strided_inputs():
-    """Views of a larger tensor, as projections give them, and an expanded gradient."""
-    inputs = scan_2d_inputs()
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(norm=True), dict(per_route=True, merge=False), dict(per_route=True, merge=False, norm=True)],
+    ids=str,
+)
+def test_strided_inputs(options):
+    """Views of a larger tensor, as projections give them, channels that lie far apart, and an expanded gradient."""
+    inputs = scan_2d_inputs(**options)
     packed = torch.cat([inputs["delta"], inputs["B"], inputs["C"]], dim=-1)
     views = packed.split([2, 3, 3], dim=-1)
     x = inputs["x"].mT.contiguous().mT
@@ -251,8 +337,8 @@ def test_strided_inputs():
     y = scan_2d(**leaves)
     want = run(scan_2d, inputs)
     assert torch.equal(y, want["output 0"])
-    grads = torch.autograd.grad(y.sum(), [leaves[name] for name in ("x", "delta", "B", "C", "A")])
-    for name, grad in zip(("x", "delta", "B", "C", "A"), grads):
+    names = [name for name, value in leaves.items() if is_float(value)]
+    for name, grad in zip(names, torch.autograd.grad(y.sum(), [leaves[name] for name in names])):
         assert torch.equal(grad, want[f"gradient of {name}"]), name
 
 
@@ -313,6 +399,30 @@ def test_uncovered_positions_are_zero():
     covered[inputs["read"].flatten()] = True
     y = scan_2d(**inputs)
     assert not y[:, ~covered].any() and y[:, covered].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("norm_weight", lambda t: None, r"norm_bias is given without norm_weight, which turns the norm on"),
+        ("norm_weight", lambda t: t[1:], r"norm_weight has shape \(23,\), expected \(D\) = \(24,\)"),
+        ("norm_bias", lambda t: t[None], r"norm_bias has shape \(1, 24\), expected \(D\) = \(24,\)"),
+        ("norm_bias", lambda t: t.to("meta"), r"norm_bias is on meta but x is on cpu; move both to one device"),
+        (
+            "x",
+            lambda t: t[:, :, 1:],
+            r"x has shape \(2, 20, 3, 24\), expected \(B, L, K routes of read, D\) = \(2, 20, 4",
+        ),
+        ("x", lambda t: t[:, :, None], r"x must be \(B, L, D\), got shape \(2, 20, 1, 4, 24\)"),
+        ("x", lambda t: t[..., :0], r"x must be \(B, L, K, D\) without an empty dimension"),
+        ("x", lambda t: t[..., 1:], r"A has shape \(4, 24, 3\), expected \(K, D, N\) = \(4, 23, 3\)"),
+    ],
+)
+def test_bad_norm_or_map_per_route(name, spoil, message):
+    inputs = scan_2d_inputs(norm=True, per_route=True)
+    inputs[name] = spoil(inputs[name])
+    with pytest.raises(ValueError, match=f"^scan_2d: {message}"):
+        scan_2d(**inputs)
 
 
 def golden_cases(op):

@@ -4,6 +4,7 @@ Dimensions: b images, g groups that share B and C, d channels of a group.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,11 @@ class _Sequences:
         )
 
 
+def empty_saved(u: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    """The output before the gate, if there is one; no states."""
+    return u.new_empty(0 if inputs[5] is None else u.shape, dtype=work_dtype(u)), u.new_empty(0)
+
+
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -98,12 +104,15 @@ def forward(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    """u, delta (batch, dim, L); A (dim, N); B, C (batch, G, N, L); D, delta_bias (dim).
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """u, delta, z (batch, dim, L); A (dim, N); B, C (batch, G, N, L); D, delta_bias (dim).
 
-    Returns y (batch, dim, L) and the last state (batch, dim, N), both float32 (float64 for float64 u).
+    Returns y (batch, dim, L) in the dtype of u, the last state (batch, dim, N) in float32 (float64 for float64 u) and,
+    if `save`, what `empty_saved` allocates.
     """
     sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
     out = torch.empty_like(sequences.u, dtype=sequences.work, memory_format=torch.contiguous_format)
@@ -112,22 +121,39 @@ def forward(
         y, states = sequences.scan(*block).forward()
         out[block] = sequences.from_rows(y)
         last[block] = states.squeeze(3).permute(1, 2, 3, 0)
-    return out.flatten(1, 2), last.flatten(1, 2)
+    y, last = out.flatten(1, 2), last.flatten(1, 2)
+    gated = y if z is None else y * F.silu(z.to(y.dtype))
+    saved = (y.new_empty(0) if z is None else y, u.new_empty(0)) if save else ()
+    return (gated.to(u.dtype), last, *saved)
 
 
 def backward(
     grad_y: Tensor,
     grad_last: Tensor,
+    ungated: Tensor,
+    states: Tensor,
     u: Tensor,
     delta: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
+    z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
+    save: bool,
 ) -> dict[str, Tensor]:
-    """Gradients of u, delta, A, B, C and, if given, D, delta_bias, by these names, in the dtype of the work."""
+    """Gradients of all floating-point inputs that are given, by name, in the dtype of the work."""
+    work, of_gate = work_dtype(u), {}
+    grad_y = (grad_y if grad_y.numel() else grad_y.new_zeros(u.shape)).to(work)
+    if not grad_last.numel():
+        grad_last = u.new_zeros(*u.shape[:2], A.shape[1], dtype=work)
+    if z is not None:
+        if not save:  # forward kept nothing
+            ungated = forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)[2]
+        gate = z.to(work)
+        of_gate["z"] = torch.ops.aten.silu_backward(grad_y * ungated, gate)
+        grad_y = grad_y * F.silu(gate)
     sequences = _Sequences(u, delta, A, B, C, D, delta_bias, delta_softplus)
     grad_y, grad_last = sequences.grouped(grad_y), sequences.grouped(grad_last)
     given = {"A": sequences.A, "D": sequences.D, "delta_bias": sequences.delta_bias}
@@ -157,4 +183,4 @@ def backward(
         grads[name] = grads[name].flatten(1, 2)
     for name in given.keys() & {"A", "D", "delta_bias"} & grads.keys():
         grads[name] = grads[name].flatten(0, 1)
-    return grads
+    return grads | of_gate

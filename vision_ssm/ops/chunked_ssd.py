@@ -145,6 +145,10 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients of x, dt, A, B, C and, if given, D, dt_bias, initial_states, by these names, in the work's dtype."""
     heads = _Heads(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, chunk_size)
+    if not grad_y.numel():
+        grad_y = x.new_zeros(x.shape, dtype=heads.work)
+    if not grad_final.numel():
+        grad_final = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[3], dtype=heads.work)
     grad_y = heads.chunks(grad_y).unflatten(-2, (heads.groups, -1)).transpose(2, 3)  # (b, c, g, q, r, p)
     grad_in = grad_y * heads.decay_in
     # What a chunk's outputs give its start state, and then, carried backwards, the gradient of its end state.

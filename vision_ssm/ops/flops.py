@@ -7,7 +7,7 @@ Convention: `FlopCounterMode` counts 2 FLOPs per multiply-accumulate, and so doe
 scan itself is counted as the literature of vision state-space models does: 9 FLOPs per step, channel and state (the
 exponential, its argument, the input term, the recurrence and the read-out), plus one per step and channel for the skip
 connection and one for the gate. VMamba's published figures add this number to multiply-accumulates of the rest. A
-backward pass counts twice its forward pass; recomputation is not counted. The registered operators hold no gate.
+backward pass counts twice its forward pass; recomputation is not counted.
 """
 
 from typing import Any
@@ -37,9 +37,11 @@ def ssd_flops(
     return selective_scan_flops(batch, length, heads * width, states, skip=skip, gate=gate)
 
 
-def selective_scan_shapes(u: _Shape, delta: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
+def selective_scan_shapes(
+    u: _Shape, delta: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, z: _Shape | None, *_: Any
+) -> int:
     batch, dim, length = u
-    return selective_scan_flops(batch, length, dim, A[1], skip=D is not None)
+    return selective_scan_flops(batch, length, dim, A[1], skip=D is not None, gate=z is not None)
 
 
 def scan_2d_shapes(

@@ -4,7 +4,8 @@ An implementation of an operator (the chunked path, a kernel module) is anything
 
 - ``forward(*inputs)`` returns the tensors that the schema names;
 - ``backward(*gradients of the outputs, *inputs)`` returns the gradients of the floating-point inputs that are given,
-  as a dict from the names in the schema, in any floating dtype.
+  as a dict from the names in the schema, in any floating dtype. The gradient of an output that nothing depends on is an
+  empty tensor, (0,).
 
 An operator may also keep tensors from its forward pass for its backward pass. Then its last argument is ``bool save``,
 and an implementation that keeps something has a third function, ``empty_saved(*inputs)``, which allocates those
@@ -129,18 +130,20 @@ def register_operator(
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         kept = output[len(returns) :] if saved else ()
-        ctx.shapes = [(value.shape, value.dtype) for value in ([output] if isinstance(output, Tensor) else output)]
+        ctx.dtypes = [value.dtype for value in ([output] if isinstance(output, Tensor) else output[: len(returns)])]
         ctx.save_for_backward(*kept, *(value for value in inputs if isinstance(value, Tensor)))
         ctx.inputs = [None if isinstance(value, Tensor) else (value,) for value in inputs]
         ctx.set_materialize_grads(False)  # the kept tensors have none
 
     def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(gradient is None for gradient in gradients[: len(returns)]):
+            return tuple(None for _ in ctx.inputs)
         unpacked = ctx.saved_tensors
         kept, tensors = unpacked[: len(saved)], iter(unpacked[len(saved) :])
         inputs = [next(tensors) if value is None else value[0] for value in ctx.inputs]
         given = [
-            inputs[0].new_zeros(shape, dtype=dtype) if gradient is None else gradient
-            for gradient, (shape, dtype) in zip(gradients, ctx.shapes[: len(returns)])
+            inputs[0].new_empty(0, dtype=dtype) if gradient is None else gradient
+            for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
         results = iter(backward(*given, *kept, *inputs))
         return tuple(next(results) if _takes_gradient(value) else None for value in inputs)

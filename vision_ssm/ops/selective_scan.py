@@ -1,6 +1,5 @@
 """The selective scan of Mamba (arXiv 2312.00752) over 1-D sequences, with the signature users know from mamba_ssm."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunked_selective_scan, flops
@@ -8,23 +7,24 @@ from .backend import demanded_backend
 from .checks import check_dimensions, check_shape, check_tensors
 from .chunked import work_dtype
 from .reference import selective_scan_reference
-from .registration import register_operator
+from .registration import register_operator, wants_gradient
 
 _OP = "selective_scan"
 
 
 def _fake(u: Tensor, delta: Tensor, A: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    work = work_dtype(u)
-    return u.new_empty(u.shape, dtype=work), u.new_empty(u.shape[0], *A.shape, dtype=work)
+    return u.new_empty(u.shape), u.new_empty(u.shape[0], *A.shape, dtype=work_dtype(u))
 
 
 _scan = register_operator(
     _OP,
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias, bool delta_softplus",
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus, bool save",
     ("y", "last_state"),
     chunked_selective_scan,
     _fake,
     flops.selective_scan_shapes,
+    saved=("ungated", "states"),
 )
 
 
@@ -97,10 +97,8 @@ def selective_scan(
         return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
     groups = _common_groups(_groups(B, dim), _groups(C, dim), dim)
     B, C = (_grouped(matrix, groups, batch, length) for matrix in (B, C))
-    y, last_state = _scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
-    if z is not None:
-        y = y * F.silu(z.to(y.dtype))
-    y = y.to(u.dtype)
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    y, last_state, _, _ = _scan(*tensors, delta_softplus, wants_gradient(*tensors))
     return (y, last_state) if return_last_state else y
 
 

@@ -45,6 +45,16 @@ def _sum(x: Tensor, residual: Tensor | None, row_scale: Tensor | None) -> Tensor
     return torch.addcmul(x.to(work), residual.to(work), scale).to(x.dtype)
 
 
+def _shifted(s: Tensor) -> Tensor:
+    """`s` without the first value of its row, which changes no norm.
+
+    PyTorch's own norm keeps the mean in float32: where that is 1e4 times the deviation, four digits of the result are
+    lost. A value of the row is as near to the mean as the deviation tells, and is subtracted exactly.
+    """
+    s = s.to(work_dtype(s))
+    return s - s[..., :1]
+
+
 def empty_saved(
     x: Tensor,
     residual: Tensor | None,
@@ -72,7 +82,7 @@ def forward(
     """Returns s (empty without a residual), y and, if `save`, the mean and reciprocal deviation of every row."""
     work = work_dtype(x)
     s = _sum(x, residual, row_scale)
-    y, mean, rstd = torch.native_layer_norm(s.to(work), x.shape[-1:], weight.to(work), bias.to(work), eps)
+    y, mean, rstd = torch.native_layer_norm(_shifted(s), x.shape[-1:], weight.to(work), bias.to(work), eps)
     results = [x.new_empty(0) if residual is None else s, y.to(out_dtype or x.dtype)]
     return [*results, torch.stack([mean.flatten(), rstd.flatten()], dim=1)] if save else results
 
@@ -90,10 +100,12 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by name, from the `statistics` that `forward` kept; zeros for `row_scale`."""
     work = work_dtype(x)
+    if not grad_y.numel():
+        grad_y = x.new_zeros(x.shape)
     mean, rstd = (column.view(*x.shape[:-1], 1) for column in statistics.unbind(1))
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(work).contiguous(),
-        _sum(x, residual, row_scale).to(work),
+        _shifted(_sum(x, residual, row_scale)),
         x.shape[-1:],
         mean.contiguous(),
         rstd.contiguous(),
@@ -105,7 +117,8 @@ def backward(
         grad.zero_()  # y is the bias; PyTorch leaves a rounding error, times the large reciprocal deviation
     gradients = {"weight": grad_weight, "bias": grad_bias}
     if residual is not None:
-        grad = grad + grad_s.to(work)
+        if grad_s.numel():
+            grad = grad + grad_s.to(work)
         gradients["residual"] = grad.clone()
         if row_scale is not None:
             gradients["residual"] = grad * row_scale.to(work).view(-1, *[1] * (x.dim() - 1))
