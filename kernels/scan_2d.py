@@ -234,7 +234,7 @@ def _backward_kernel(
     written += line * padded + padded
     grad_x += (walk * padded + padded) * DIM + d
     states += (walk + 1) * (padded // TILE) * DIM + d
-    parts += block * part_size + (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width + column[:, None]
+    parts += block.to(tl.int64) * part_size + (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width + column[:, None]
 
     back = tl.zeros([CHANNELS], tl.float32)  # gradient of the state, carried one step back
     if end is not None:
@@ -376,7 +376,8 @@ def _work(x: Tensor, delta: Tensor, A: Tensor, read: Tensor, dt_weight: Tensor |
     steps = segment or total
     states = A.shape[2]
     rank = 0 if dt_weight is None else delta.shape[3]
-    return _Work(x.shape[0], x.shape[1], routes, total // steps, steps, x.shape[-1], states, rank, tiles_per_state(states))
+    sizes = (*x.shape[:2], routes, total // steps, steps, x.shape[-1], states, rank)
+    return _Work(*sizes, keep=tiles_per_state(states))
 
 
 def _step_dtype(x: Tensor) -> torch.dtype:

@@ -1,13 +1,15 @@
-"""Operators and models on a GPU: the same results as on the CPU, and half precision. Run with ``pytest -m gpu``."""
+"""Operators and models on a GPU: the same results as on the CPU, and half precision. Run with ``pytest -m gpu``.
 
-import warnings
+test_gpu_kernels.py has more about the kernels.
+"""
 
 import golden_cases
 import pytest
 import torch
+from ops_support import compile_side_by_side
 
 import vision_ssm
-from vision_ssm.ops import scan_2d, select_backend, selective_scan, ssd
+from vision_ssm.ops import backend, scan_2d, select_backend, selective_scan, ssd
 from vision_ssm.scans import build_routes
 
 pytestmark = [
@@ -24,12 +26,26 @@ def _exact_float32():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(request):
+    """Compiles the kernels of all tests of test_gpu*.py that are about to run."""
+    chosen = [item for item in request.session.items if item.path.name in ("test_gpu.py", "test_gpu_kernels.py")]
+    compile_side_by_side(
+        [item.nodeid for item in chosen if not item.get_closest_marker("slow")], request.config.rootpath
+    )
+
+
 @pytest.mark.parametrize("name", golden_cases.names("vmamba"))
-def test_golden(name):
+def test_golden(name, monkeypatch):
+    """What the original code computes, through the Triton kernels of every operator that has one."""
     case = golden_cases.load(name)
     model = vision_ssm.import_official("vmamba", case["config"], golden_cases.weights(case)).cuda()
+    image = golden_cases.images(case["input"]).cuda()
+    monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
+    for op in ("scan_2d", "layer_norm", "depthwise_conv"):
+        assert select_backend(image, op) == ("triton", "")
     with torch.inference_mode():
-        features = model.forward_intermediates(golden_cases.images(case["input"]).cuda())
+        features = model.forward_intermediates(image)
     for expected, feature in zip(case["outputs"]["features"], features, strict=True):
         assert golden_cases.sample_error(expected, feature.cpu()) < case["tolerance"]
 
@@ -84,12 +100,13 @@ def test_selective_scan_and_ssd():
     _close(*[lambda **leaves: ssd(**leaves, dt_softplus=True)] * 2, inputs)
 
 
-def test_backend_says_why_it_is_not_faster():
-    x = torch.zeros(1, device="cuda")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        backend = select_backend(x, "scan_2d")
-    assert backend.name == "triton" or "Triton" in backend.reason
+def test_backend_says_why_it_is_not_faster(monkeypatch):
+    monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
+    assert select_backend(torch.zeros(1, device="cuda"), "scan_2d") == ("triton", "")
+    with pytest.warns(UserWarning, match="scan_2d takes the chunked PyTorch path on cuda:0, which is slow: .*float64"):
+        monkeypatch.setattr(backend, "_warned", set())
+        chosen = select_backend(torch.zeros(1, device="cuda", dtype=torch.float64), "scan_2d")
+    assert chosen.name == "chunked" and "float64" in chosen.reason
 
 
 @pytest.mark.parametrize("name", vision_ssm.list_models("*_micro"))

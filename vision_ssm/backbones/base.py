@@ -82,19 +82,26 @@ class ScanBlock(nn.Module):
             self.mlp = build_mlp(dim, int(dim * mlp_ratio), act=mlp_act, gated=mlp_gated, dropout=mlp_dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, H, W, dim). Returns the same shape."""
-        branch = None
+    def forward(self, x: torch.Tensor, branch: "Branch | None" = None) -> "tuple[torch.Tensor, Branch | None]":
+        """The residual stream x, (B, H, W, dim), and what is still to be added to it, before and after the block.
+
+        An addition waits for the norm that follows it, because the two together pass over memory once.
+        """
         if self.mixer is not None:
-            branch = self.mixer(add_norm(self.norm1, x)[1])
+            x, normed = add_norm(self.norm1, x, *(branch or ()))
+            branch = self.mixer(normed), self.drop_path
         if self.mlp is not None:
-            x, normed = add_norm(self.norm2, x, branch, self.drop_path)
-            branch = self.mlp(normed)
-        return x if branch is None else x + self.drop_path(branch)
+            x, normed = add_norm(self.norm2, x, *(branch or ()))
+            branch = self.mlp(normed), self.drop_path
+        return x, branch
+
+
+Branch = tuple[torch.Tensor, nn.Module]
+"""Output of a residual branch, and the drop path that it goes through."""
 
 
 class Stage(nn.Module):
-    """Downsampling (or none), then blocks. Maps are (B, H, W, C)."""
+    """Downsampling (or none), then blocks with the interface of `ScanBlock`. Maps are (B, H, W, C)."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
         super().__init__()
@@ -103,13 +110,16 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.downsample(x)
+        x, branch = self.downsample(x), None
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
-                x = block(x)
-        return x
+                x, branch = block(x, branch)
+        if branch is None:
+            return x
+        values, drop_path = branch
+        return x + drop_path(values)
 
 
 def register_family(cls: type["Backbone"]) -> dict[str, Callable[..., "Backbone"]]:
