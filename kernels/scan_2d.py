@@ -234,7 +234,8 @@ def _backward_kernel(
     written += line * padded + padded
     grad_x += (walk * padded + padded) * DIM + d
     states += (walk + 1) * (padded // TILE) * DIM + d
-    parts += block.to(tl.int64) * part_size + (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width + column[:, None]
+    parts += block.to(tl.int64) * part_size + column[:, None]
+    parts += (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width
 
     back = tl.zeros([CHANNELS], tl.float32)  # gradient of the state, carried one step back
     if end is not None:
