@@ -16,8 +16,9 @@ def _merge_kernel(
     steps, rows, offsets, out, total, statistics, weight, bias, targets, step_rows, eps,
     count, COUNT: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * TARGETS + tl.arange(0, TARGETS)
+    groups = tl.cdiv(targets, TARGETS)
+    image = (tl.program_id(0) // groups).to(tl.int64)
+    t = (tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS)
     d = tl.arange(0, BLOCK)
     inside = (t < targets)[:, None] & (d < DIM)[None, :]
     if offsets is None:
@@ -83,7 +84,7 @@ def merge(
         return
     block = power_of_2(dim)
     group = max(1, 2048 // block)  # elements of a program
-    grid = (ceil_div(targets, group), batch)
+    grid = (ceil_div(targets, group) * batch,)
     launch(
         _merge_kernel, grid,
         steps, bags.rows, bags.offsets, out, total, statistics, weight, bias, targets, steps.shape[1], eps,
@@ -98,8 +99,9 @@ def _projections_kernel(
     RANK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
     width: tl.constexpr = RANK + 2 * STATES
-    image = tl.program_id(1).to(tl.int64)
-    t = tl.program_id(0) * TARGETS + tl.arange(0, TARGETS)
+    groups = tl.cdiv(targets, TARGETS)
+    image = (tl.program_id(0) // groups).to(tl.int64)
+    t = (tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS)
     c = tl.arange(0, BLOCK)
     if offsets is None:
         start = t * count
@@ -143,7 +145,7 @@ def merge_projections(parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Ten
     block = power_of_2(width)
     group = max(1, 1024 // block)
     launch(
-        _projections_kernel, (ceil_div(targets, group), images),
+        _projections_kernel, (ceil_div(targets, group) * images,),
         parts, bags.rows, bags.offsets, low_rank, B, C, targets, rows, blocks, parts.stride(0), bags.uniform,
         RANK=width - 2 * B.shape[3], STATES=B.shape[3], BLOCK=block, TARGETS=group, num_warps=4,
     )  # fmt: skip

@@ -63,27 +63,28 @@ def _projections(
 @triton.jit
 def _ask_for_tile(
     x, delta, positions, last, stride_xl, stride_pl,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr, RANK: tl.constexpr, STATES: tl.constexpr, WIDE: tl.constexpr,
+    TILE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Bring what the steps of a tile read into the cache, one sector of 32 bytes per lane, without a register.
 
-    `x` points at the first of the program's channels; `last` is the last of them that exists.
+    `x` points at the first of the program's channels; `last` is the last of them that exists. Rows of projections are
+    WIDTH numbers long, and in the cache with their two ends if they are not too long; 0: none.
     """
     i = tl.load(positions + tl.arange(0, TILE))[:, None]
     i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
     sector: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
     prefetch(x + i * stride_xl + tl.minimum(tl.arange(0, CHANNELS // sector) * sector, last)[None, :])
-    if RANK > 0:
-        prefetch(delta + i * stride_pl + (RANK + 2 * STATES - 1))
-        if (RANK + 2 * STATES) * delta.dtype.element_ty.primitive_bitwidth > 128:
+    if WIDTH > 0:
+        prefetch(delta + i * stride_pl + (WIDTH - 1))
+        if WIDTH * delta.dtype.element_ty.primitive_bitwidth > 128:
             prefetch(delta + i * stride_pl)
 
 
-@triton.jit(do_not_specialize=["stride_ad", "stride_an"])
+@triton.jit(do_not_specialize=["stride_n"])  # or states would be spread over lanes, for wider loads of A
 def _forward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, y, states,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
-    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_ad, stride_an, padded,
+    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_n, padded,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, LAYOUT: tl.constexpr,
@@ -93,20 +94,20 @@ def _forward_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     segment = (pid // blocks) % SEGMENTS
-    k = (pid // (blocks * SEGMENTS)) % ROUTES
+    k = ((pid // (blocks * SEGMENTS)) % ROUTES).to(tl.int64)
     image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
-    line = (k * SEGMENTS + segment).to(tl.int64)
+    line = k * SEGMENTS + segment
 
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < DIM
     mask = tl.zeros([CHANNELS], tl.int32) == 0 if DIM % CHANNELS == 0 else inside
     n = tl.arange(0, STATE_BLOCK)
     if STATES == 1:
-        decay_rate = tl.load(A + (k * DIM + d) * stride_ad, mask=mask, other=0.0)  # [CHANNELS]
+        decay_rate = tl.load(A + k * DIM + d, mask=mask, other=0.0)  # [CHANNELS]
         h = tl.zeros([CHANNELS], tl.float32)
     else:
         some = (n < STATES)[:, None] & inside[None, :]
-        decay_rate = tl.load(A + (k * DIM + d)[None, :] * stride_ad + n[:, None] * stride_an, mask=some, other=0.0)
+        decay_rate = tl.load(A + (k * STATES * DIM + d)[None, :] + n[:, None] * stride_n, mask=some, other=0.0)
         h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
     skip = 0.0 if D is None else tl.load(D + k * DIM + d, mask=mask, other=0.0)
     shift = 0.0 if bias is None else tl.load(bias + k * DIM + d, mask=mask, other=0.0) * LOG2_E
@@ -139,13 +140,14 @@ def _forward_kernel(
                 states += STATES * DIM
         if AHEAD and first + TILE < padded:
             _ask_for_tile(
-                first_x, delta, positions + first + TILE, last, stride_xl, stride_pl,
-                TILE, CHANNELS, RANK, STATES, WIDE,
+                first_x, delta, positions + first + TILE, last, stride_xl, stride_pl, TILE, CHANNELS,
+                WIDTH=RANK if LAYOUT == "apart" else RANK + 2 * STATES, WIDE=WIDE,
             )  # fmt: skip
         xs = ()
         bs = ()
         cs = ()
         vs = ()
+        sources = ()
         if RANK > 0:
             i = tl.load(positions + first + tl.arange(0, TILE))
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
@@ -154,9 +156,11 @@ def _forward_kernel(
             i = tl.load(positions + first + j)
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
             xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
-            b, c = _projections(delta, B, C, i, n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
-            bs = bs + (b,)
-            cs = cs + (c,)
+            sources = sources + (i,)
+            if STATES == 1:  # rows of several would take too many registers
+                b, c = _projections(delta, B, C, i, n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
+                bs = bs + (b,)
+                cs = cs + (c,)
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
         if RANK > 0:
@@ -167,12 +171,12 @@ def _forward_kernel(
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             value = xs[j].to(tl.float32)
-            b = bs[j] * LN_2
-            c = cs[j]
             if STATES == 1:
-                h = tl.exp2(step * decay_rate) * h + (step * value) * b
-                out = h * c
+                h = tl.exp2(step * decay_rate) * h + (step * value) * (bs[j] * LN_2)
+                out = h * cs[j]
             else:
+                b, c = _projections(delta, B, C, sources[j], n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
+                b = b * LN_2
                 h = tl.exp2(step[None, :] * decay_rate) * h + (step * value)[None, :] * b[:, None]
                 out = tl.sum(h * c[:, None], 0)
             out += skip * value
@@ -198,9 +202,9 @@ def _backward_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     segment = (pid // blocks) % SEGMENTS
-    k = (pid // (blocks * SEGMENTS)) % ROUTES
+    k = ((pid // (blocks * SEGMENTS)) % ROUTES).to(tl.int64)
     image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
-    line = (k * SEGMENTS + segment).to(tl.int64)
+    line = k * SEGMENTS + segment
     walk = image * ROUTES * SEGMENTS + line
 
     d = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -284,7 +288,7 @@ def _backward_kernel(
             v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
             vs = rows_of(v, TILE, CHANNELS)
         h = tl.load(states, mask=mask, other=0.0)
-        hs = ()
+        hs = (h,)  # before the first step, and after every step
         steps = ()
         decays = ()
         for j in tl.static_range(TILE):
@@ -307,8 +311,7 @@ def _backward_kernel(
             dy = dys[j].to(tl.float32)
             g = dy * cs[j] + back
             back = decays[j] * g
-            remembered = hs[j] - (steps[j] * value) * (b * LN_2)  # the state of the step before, decayed
-            exponent = g * remembered  # gradient of step size times decay rate
+            exponent = back * hs[j]  # gradient of step size times decay rate
             gv = g * value
             slope = decay_rate * exponent + gv * b  # gradient of the step size
             if SOFTPLUS:
@@ -323,7 +326,7 @@ def _backward_kernel(
             sum_shift += slope
             slopes = (slope,) + slopes
             of_b = (gv * steps[j],) + of_b
-            of_c = (dy * hs[j],) + of_c
+            of_c = (dy * hs[j + 1],) + of_c
         columns = dot(to_b, tile_of(of_b, 0, 1, TILE, CHANNELS).to(low), tl.zeros([COLUMNS, TILE], tl.float32))
         columns = columns * LN_2
         columns = dot(to_c, tile_of(of_c, 0, 1, TILE, CHANNELS).to(low), columns)
@@ -334,8 +337,10 @@ def _backward_kernel(
         tl.store(parts, columns, mask=(column < width)[:, None] & (tl.arange(0, TILE) >= 0)[None, :])
     sums += walk * DIM + d
     tl.store(sums, sum_decay * LN_2, mask=mask)
-    tl.store(sums + sum_size, sum_skip, mask=mask)
-    tl.store(sums + 2 * sum_size, sum_shift, mask=mask)
+    sums += sum_size
+    tl.store(sums, sum_skip, mask=mask)
+    sums += sum_size
+    tl.store(sums, sum_shift, mask=mask)
     if RANK > 0:
         some = inside[:, None] & (r < RANK)[None, :]
         tl.store(grad_weight + (walk * DIM + d)[:, None] * RANK + r[None, :], sum_weight, mask=some)
@@ -422,9 +427,8 @@ class Call:
         self.read = plan(read, work.segments, TILE, work.length)
         self.write = self.read if write is None else plan(write, work.segments, TILE, work.length)
         self.layout = self._layout()
-        largest = max(
-            value.stride(1) * work.length + value.shape[2:].numel() for value in (self.x, self.delta, self.B, self.C)
-        )
+        # offsets of positions and of steps; those of images and routes are always 64 bits wide
+        largest = max(value.stride(1) * work.length for value in (self.x, self.delta, self.B, self.C))
         self.wide = max(largest, work.padded * work.dim * work.states) > _INT32_LIMIT
 
     def _layout(self) -> str:
@@ -478,8 +482,8 @@ def _scan(call: Call, states: Tensor | None) -> Tensor:
     if grid:
         launch(
             _forward_kernel, (grid,),
-            call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
-            *call.strides(), *call.A.stride()[1:], work.padded,
+            call.x, call.delta, call.A.transpose(1, 2).contiguous(), call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
+            *call.strides(), work.dim, work.padded,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
             KEEP=0 if states is None else work.keep, AHEAD=True, LAYOUT=call.layout,
             **call.constants(channels),
@@ -512,6 +516,11 @@ def _output_shape(x: Tensor, read: Tensor, merged: bool) -> tuple[int, ...]:
     return (*x.shape[:2], read.shape[0], x.shape[-1])
 
 
+def _targets(result: Tensor) -> Tensor:
+    """(B, L, D) or (B, L, K, D) as (B, targets, D)."""
+    return result.view(result.shape[0], result.shape[1:-1].numel(), result.shape[-1])
+
+
 def forward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, read: Tensor, write: Tensor | None,
     dt_weight: Tensor | None, dt_bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -531,7 +540,7 @@ def forward(
     merge(
         steps,
         call.write.merged if merged else call.write.by_route,
-        out.view(x.shape[0], -1, x.shape[-1]),
+        _targets(out),
         total=saved[0] if save and normed else None,
         statistics=saved[1] if save and normed else None,
         weight=norm_weight,
@@ -574,6 +583,7 @@ def scan_backward(call: Call, grad: Tensor, states: Tensor, end: Tensor | None =
         end: (B, K * segments, N, D) float32, of the last states; None: zeros.
     """
     work, x, dtype = call.work, call.x, _step_dtype(call.x)
+    call.wide |= grad.stride(1) * work.length > _INT32_LIMIT
     channels = 32
     blocks = ceil_div(work.dim, channels)
     lines = work.routes * work.segments
@@ -605,10 +615,10 @@ def scan_backward(call: Call, grad: Tensor, states: Tensor, end: Tensor | None =
     low_rank = call.delta.new_empty(call.delta.shape) if work.rank else None
     merge_projections(parts, by_route, low_rank, grads["B"], grads["C"])
     grads["x"] = x.new_empty(x.shape)
-    merge(grad_x, call.read.merged if x.dim() == 3 else by_route, grads["x"].view(work.images, -1, work.dim))
+    merge(grad_x, call.read.merged if x.dim() == 3 else by_route, _targets(grads["x"]))
     if low_rank is None:
         grads["delta"] = call.delta.new_empty(call.delta.shape)
-        merge(grad_delta, by_route, grads["delta"].view(work.images, -1, work.dim))
+        merge(grad_delta, by_route, _targets(grads["delta"]))
     else:
         grads["delta"] = low_rank
     sums = sums.view(work.states + 2, work.images, work.routes, work.segments, work.dim)
@@ -618,5 +628,5 @@ def scan_backward(call: Call, grad: Tensor, states: Tensor, end: Tensor | None =
     if call.bias is not None:
         grads["dt_bias"] = sums[work.states + 1].sum((0, 2))
     if grad_weight is not None:
-        grads["dt_weight"] = grad_weight.view(work.images, work.routes, work.segments, work.dim, -1).sum((0, 2))
+        grads["dt_weight"] = grad_weight.view(work.images, work.routes, work.segments, work.dim, work.rank).sum((0, 2))
     return grads

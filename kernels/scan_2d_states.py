@@ -67,9 +67,9 @@ def _backward_kernel(
     pid = tl.program_id(0)
     block = pid % blocks
     segment = (pid // blocks) % SEGMENTS
-    k = (pid // (blocks * SEGMENTS)) % ROUTES
+    k = ((pid // (blocks * SEGMENTS)) % ROUTES).to(tl.int64)
     image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
-    line = (k * SEGMENTS + segment).to(tl.int64)
+    line = k * SEGMENTS + segment
     walk = image * ROUTES * SEGMENTS + line
 
     lane = tl.arange(0, CHANNELS)

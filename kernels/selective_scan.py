@@ -21,10 +21,10 @@ _TILE = scan_2d.TILE
 _CHANNELS = 32
 
 
-@triton.jit(do_not_specialize=["stride_ad", "stride_an"])
+@triton.jit(do_not_specialize=["stride_n"])  # or states would be spread over lanes, for wider loads of A
 def _forward_kernel(
     u, delta, A, B, C, D, z, bias, y, ungated, last, states,
-    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, stride_ad, stride_an, length,
+    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, stride_n, length,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, STATE_BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
     KEEP: tl.constexpr,
@@ -42,10 +42,10 @@ def _forward_kernel(
     n = tl.arange(0, STATE_BLOCK)
     some = (n < STATES)[:, None] & inside[None, :]
     if STATES == 1:
-        decay_rate = tl.load(A + d * stride_ad, mask=inside, other=0.0)
+        decay_rate = tl.load(A + d, mask=inside, other=0.0)
         h = tl.zeros([CHANNELS], tl.float32)
     else:
-        decay_rate = tl.load(A + d[None, :] * stride_ad + n[:, None] * stride_an, mask=some, other=0.0)
+        decay_rate = tl.load(A + d[None, :] + n[:, None] * stride_n, mask=some, other=0.0)
         h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
     skip = 0.0 if D is None else tl.load(D + d, mask=inside, other=0.0)
     shift = 0.0 if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
@@ -149,12 +149,11 @@ def forward(
     if grid:
         u, delta = _time_last(u), _time_last(delta)
         z = None if z is None else _time_last(z)
-        A = _float32(A)
         launch(
             _forward_kernel, (grid,),
-            u, delta, A, B.transpose(2, 3).contiguous(), C.transpose(2, 3).contiguous(), _float32(D), z,
+            u, delta, _float32(A.t()), B.transpose(2, 3).contiguous(), C.transpose(2, 3).contiguous(), _float32(D), z,
             _float32(delta_bias), y, None if z is None else ungated, last, kept,
-            *u.stride()[:2], *delta.stride()[:2], *((0, 0) if z is None else z.stride()[:2]), *A.stride(), length,
+            *u.stride()[:2], *delta.stride()[:2], *((0, 0) if z is None else z.stride()[:2]), dim, length,
             GROUPS=groups, GROUP=group, STATES=states, STATE_BLOCK=power_of_2(states), CHANNELS=_CHANNELS, TILE=_TILE,
             WHOLE=length % _TILE == 0, SOFTPLUS=delta_softplus, EXACT=u.dtype == torch.float32,
             KEEP=scan_2d.tiles_per_state(states) if save else 0, num_warps=1,

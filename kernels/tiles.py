@@ -73,7 +73,8 @@ def softplus_slope(v, s, EXACT: tl.constexpr):
         e = tl.exp2(-tl.abs(v))
         return tl.where(v > 0, 1.0, e) / (1.0 + e)
     else:
-        return 1.0 - tl.exp2(-s)
+        small = s * LN_2  # of which ``1 - exp(-small)`` would leave few digits
+        return tl.where(s < 0.03, small * (1.0 - small * (0.5 - small * 0.16666667)), 1.0 - tl.exp2(-s))
 
 
 @triton.jit

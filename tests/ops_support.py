@@ -1,10 +1,8 @@
 """Inputs, error metric and tolerances for the tests of the operators."""
 
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -279,44 +277,3 @@ class Poison:
             return result
 
         return poisoned
-
-
-_WORKER = "GPU_TESTS_WORKER"
-IN_WORKER = (
-    _WORKER in os.environ
-)  # of `compile_side_by_side`, where every variant of a kernel has to run, but only once
-
-
-def compile_side_by_side(tests: Sequence[str], directory: Any, limit: float = 200.0) -> None:
-    """Run tests in several processes, which leave compiled kernels in the caches of Triton and of Inductor.
-
-    The kernels of all GPU tests take minutes to compile one after the other. What the tests say here does not count:
-    they run again in this process.
-
-    Args:
-        tests: node ids.
-        directory: where pytest is started.
-        limit: seconds after which processes are ended.
-    """
-    count = min(len(os.sched_getaffinity(0)) - 1, 12, len(tests) // 4)
-    if IN_WORKER or count < 2:
-        return
-    environment = os.environ | {_WORKER: "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    end = time.monotonic() + limit
-    processes = [
-        subprocess.Popen(
-            [*command, *tests[first::count]],
-            cwd=directory,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for first in range(count)
-    ]
-    for process in processes:
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -6,7 +6,6 @@ test_gpu_kernels.py has more about the kernels.
 import golden_cases
 import pytest
 import torch
-from ops_support import compile_side_by_side
 
 import vision_ssm
 from vision_ssm.ops import backend, scan_2d, select_backend, selective_scan, ssd
@@ -24,15 +23,6 @@ def _exact_float32():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled(request):
-    """Compiles the kernels of all tests of test_gpu*.py that are about to run."""
-    chosen = [item for item in request.session.items if item.path.name in ("test_gpu.py", "test_gpu_kernels.py")]
-    compile_side_by_side(
-        [item.nodeid for item in chosen if not item.get_closest_marker("slow")], request.config.rootpath
-    )
 
 
 @pytest.mark.parametrize("name", golden_cases.names("vmamba"))
