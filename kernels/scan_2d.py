@@ -482,7 +482,8 @@ def _scan(call: Call, states: Tensor | None) -> Tensor:
     if grid:
         launch(
             _forward_kernel, (grid,),
-            call.x, call.delta, call.A.transpose(1, 2).contiguous(), call.B, call.C, call.D, call.weight, call.bias, call.read.positions, y, states,
+            call.x, call.delta, call.A.transpose(1, 2).contiguous(), call.B, call.C, call.D, call.weight, call.bias,
+            call.read.positions, y, states,
             *call.strides(), work.dim, work.padded,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
             KEEP=0 if states is None else work.keep, AHEAD=True, LAYOUT=call.layout,

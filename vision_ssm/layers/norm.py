@@ -58,15 +58,16 @@ def add_norm(
     Returns:
         s in the dtype of `x`, and the norm of it in the autocast dtype, if there is one, for the layers that follow.
     """
-    active = isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0
     if not isinstance(norm, LayerNorm):
         if branch is not None:
-            x = x + (drop_path(branch) if active else branch)
+            x = x + (branch if drop_path is None else drop_path(branch))
         return x, norm(x)
     kind = x.device.type
     out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     options = dict(eps=norm.eps, out_dtype=out_dtype if x.dtype == torch.float32 else x.dtype)
     if branch is None:
         return x, layer_norm(x, norm.weight, norm.bias, **options)
-    scale = drop_path(x.new_ones(x.shape[0], 1, dtype=torch.float32)).flatten() if active else None
+    scale = None
+    if isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0:
+        scale = drop_path(x.new_ones(x.shape[0], 1, dtype=torch.float32)).flatten()  # of every sample
     return layer_norm(x, norm.weight, norm.bias, residual=branch, row_scale=scale, **options)

@@ -101,7 +101,7 @@ def scan_2d(
         check_dimensions(_OP, "x", x, "(B, L, D)")
     check_dimensions(_OP, "delta", delta, "(B, L, K, R)")
     check_dimensions(_OP, "A", A, "(K, D, N)")
-    batch, length, dim = *x.shape[:2], x.shape[-1]
+    batch, length, dim = x.shape[0], x.shape[1], x.shape[-1]
     (routes, steps), states = read.shape, A.shape[2]
     if write is not None:
         check_table(_OP, "write", write, x)
