@@ -43,6 +43,11 @@ def wants_gradient(*values: Any) -> bool:
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
+def _runs_directly() -> bool:
+    """Whether nobody looks for operators: no compiler, no export, no tracing, no counter of FLOPs."""
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+
+
 def register_operator(
     name: str,
     arguments: str,
@@ -64,7 +69,8 @@ def register_operator(
         saved: names of the tensors that are kept for the backward pass; not to be used by callers.
 
     Returns:
-        The forward operator; its result is a tuple if there is more than one tensor in `returns` and `saved`.
+        A function that calls the operator, or what it runs; its result is a tuple if there is more than one tensor in
+        `returns` and `saved`.
     """
 
     def implementation(tensor: Tensor) -> Implementation:
@@ -128,7 +134,7 @@ def register_operator(
         inputs = everything[len(returns) + len(saved) :]
         return [value.new_empty(value.shape) for value in inputs if _takes_gradient(value)]
 
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+    def keep_for_backward(ctx: Any, inputs: tuple, output: Any) -> None:
         kept = output[len(returns) :] if saved else ()
         ctx.dtypes = [value.dtype for value in ([output] if isinstance(output, Tensor) else output[: len(returns)])]
         ctx.save_for_backward(*kept, *(value for value in inputs if isinstance(value, Tensor)))
@@ -145,10 +151,27 @@ def register_operator(
             inputs[0].new_empty(0, dtype=dtype) if gradient is None else gradient
             for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
-        results = iter(backward(*given, *kept, *inputs))
+        direct = _runs_directly() and not torch.is_grad_enabled()  # else a second derivative is asked for
+        results = iter((run_backward if direct else backward)(*given, *kept, *inputs))
         return tuple(next(results) if _takes_gradient(value) else None for value in inputs)
 
-    torch.library.register_autograd(f"vision_ssm::{name}", differentiate, setup_context=setup_context, lib=_LIBRARY)
+    class Direct(torch.autograd.Function):
+        """The operator without the dispatcher, which takes longer on the host than a small kernel on the GPU."""
+
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = run(*inputs)
+            keep_for_backward(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(differentiate)
+
+    def call(*inputs: Any) -> Any:
+        if not _runs_directly():
+            return forward(*inputs)
+        return Direct.apply(*inputs) if wants_gradient(*inputs) else run(*inputs)
+
+    torch.library.register_autograd(f"vision_ssm::{name}", differentiate, setup_context=keep_for_backward, lib=_LIBRARY)
 
     def refuse(ctx: Any, *gradients: Any) -> None:
         raise RuntimeError(f"vision_ssm::{name}_backward has no derivative: gradients of gradients are not supported")
@@ -163,4 +186,4 @@ def register_operator(
     def backward_flops(*shapes: Any, **_: Any) -> int:
         return 2 * flops(*shapes[len(returns) + len(saved) :])
 
-    return forward
+    return call
