@@ -173,7 +173,9 @@ def backward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     delta_bias: Tensor | None, delta_softplus: bool, save: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Gradients of all floating-point inputs that are given, by name; an empty `grad_last` stands for zeros."""
+    """Gradients of all floating-point inputs that are given, by name; empty gradients of outputs stand for zeros."""
+    if not grad_y.numel():
+        grad_y = u.new_zeros(u.shape)
     if not save:  # forward kept nothing
         _, _, ungated, states = forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
     groups = B.shape[1]
