@@ -1,0 +1,77 @@
+"""Shared layers: what they compute and what they keep for the backward pass."""
+
+import pytest
+import timm.layers
+import torch
+from torch import nn
+
+from vision_ssm.layers import add_norm, build_mlp, get_norm
+
+
+def kept_bytes(function):
+    """Bytes of what autograd keeps for backward in `function`, parameters and inputs aside."""
+    sizes = {}
+
+    def pack(tensor):
+        if tensor.grad_fn is not None:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function()
+    return output, sum(sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast bfloat16"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_mlp_equals_timms_and_keeps_half(dtype, frozen):
+    ours = build_mlp(8, 32)
+    theirs = timm.layers.Mlp(8, 32)
+    theirs.load_state_dict(ours.state_dict())
+    ours.fc2.requires_grad_(not frozen)
+    theirs.fc2.requires_grad_(not frozen)
+    x = torch.randn(2, 3, 5, 8)
+    results = []
+    for mlp in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            y, size = kept_bytes(lambda mlp=mlp, leaf=leaf: mlp(leaf))
+        y.float().square().sum().backward()
+        results.append((size, y, leaf.grad, [parameter.grad for parameter in mlp.parameters()]))
+    (small, y, grad_x, grads), (large, *want) = results
+    hidden = x[..., 0].numel() * 32 * (4 if dtype is None else 2)
+    assert small <= large - (0 if frozen else hidden)
+    torch.testing.assert_close([y, grad_x, *grads], [want[0], want[1], *want[2]], rtol=1e-5, atol=1e-6)
+
+
+def test_mlp_without_gradients_and_with_dropout():
+    mlp = build_mlp(8, 16, dropout=0.5)
+    x = torch.randn(4, 8)
+    assert not torch.equal(mlp(x), mlp(x))
+    with torch.no_grad():
+        plain = mlp.eval()(x)
+    torch.testing.assert_close(mlp(x), plain)
+
+
+@pytest.mark.parametrize("name", ["layer", "batch", "none"])
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+def test_add_norm(name, drop):
+    """The sum and its norm, with the samples that drop path lets through."""
+    norm, drop_path = get_norm(name, 6), timm.layers.DropPath(drop)
+    x, branch = torch.randn(8, 3, 4, 6), torch.randn(8, 3, 4, 6)
+    torch.manual_seed(1)
+    s, y = add_norm(norm, x, branch, drop_path)
+    factor = ((s - x) / branch).flatten(1)
+    assert torch.allclose(factor, factor[:, :1].expand_as(factor), atol=1e-3)
+    assert set(factor[:, 0].round().tolist()) == ({1.0} if not drop else {0.0, 2.0})
+    torch.testing.assert_close(y, norm(s))
+    assert torch.equal(add_norm(norm, x)[0], x)
+    torch.testing.assert_close(add_norm(norm, x)[1], norm(x))
+
+
+def test_add_norm_gives_what_the_next_layer_takes():
+    norm, x = get_norm("layer", 6), torch.randn(2, 3, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        s, y = add_norm(norm, x, torch.randn(2, 3, 6, dtype=torch.bfloat16), nn.Identity())
+        assert norm(x).dtype == torch.float32
+    assert s.dtype == torch.float32 and y.dtype == torch.bfloat16
