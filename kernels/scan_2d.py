@@ -88,7 +88,7 @@ def _forward_kernel(
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, LAYOUT: tl.constexpr,
-    AHEAD: tl.constexpr, KEEP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     pid = tl.program_id(0)
@@ -138,7 +138,7 @@ def _forward_kernel(
                 else:
                     tl.store(states[None, :] + n[:, None] * DIM, h, mask=some)
                 states += STATES * DIM
-        if AHEAD and first + TILE < padded:
+        if first + TILE < padded:
             _ask_for_tile(
                 first_x, delta, positions + first + TILE, last, stride_xl, stride_pl, TILE, CHANNELS,
                 WIDTH=RANK if LAYOUT == "apart" else RANK + 2 * STATES, WIDE=WIDE,
@@ -295,8 +295,8 @@ def _backward_kernel(
             step = vs[j] + shift
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
-            if TAIL and end is not None:
-                step = tl.where(sources[j] >= 0, step, 0.0)  # the last state is that of the last real step
+            if TAIL:
+                step = tl.where(sources[j] >= 0, step, 0.0)  # steps behind the end leave the state as it is
             decay = tl.exp2(step * decay_rate)
             h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j] * LN_2)
             hs = hs + (h,)
@@ -316,7 +316,7 @@ def _backward_kernel(
             slope = decay_rate * exponent + gv * b  # gradient of the step size
             if SOFTPLUS:
                 slope *= softplus_slope(vs[j] + shift, steps[j], EXACT)
-            if TAIL and end is not None:
+            if TAIL:
                 slope = tl.where(sources[j] >= 0, slope, 0.0)
             tl.store(grad_x + j * DIM, (g * (b * LN_2) * steps[j] + skip * dy).to(grad_x.dtype.element_ty), mask=mask)
             if RANK == 0:
@@ -486,7 +486,7 @@ def _scan(call: Call, states: Tensor | None) -> Tensor:
             call.read.positions, y, states,
             *call.strides(), work.dim, work.padded,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
-            KEEP=0 if states is None else work.keep, AHEAD=True, LAYOUT=call.layout,
+            KEEP=0 if states is None else work.keep, LAYOUT=call.layout,
             **call.constants(channels),
         )  # fmt: skip
     return y

@@ -5,6 +5,7 @@ import timm.layers
 import torch
 from torch import nn
 
+import vision_ssm
 from vision_ssm.layers import add_norm, build_mlp, get_norm
 
 
@@ -42,6 +43,26 @@ def test_mlp_equals_timms_and_keeps_half(dtype, frozen):
     hidden = x[..., 0].numel() * 32 * (4 if dtype is None else 2)
     assert small <= large - (0 if frozen else hidden)
     torch.testing.assert_close([y, grad_x, *grads], [want[0], want[1], *want[2]], rtol=1e-5, atol=1e-6)
+
+
+def test_mlp_calls_its_layers_where_somebody_watches():
+    mlp, seen = build_mlp(8, 16), []
+    mlp.fc2.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    mlp(torch.randn(4, 8))
+    assert seen == [(4, 16)]
+
+
+def test_norms_are_called_where_somebody_watches():
+    block = vision_ssm.create_model("vmamba_micro").stages[0].blocks[0]
+    seen, x = [], torch.randn(1, 4, 4, 16)
+    plain = block(x)
+    norms = {"norm1": block.norm1, "norm2": block.norm2, "out_norm": block.mixer.out_norm}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda module, inputs, output, name=name: seen.append(name))
+    watched = block(x)
+    assert seen == ["norm1", "out_norm", "norm2"]
+    torch.testing.assert_close(watched[0], plain[0])
+    torch.testing.assert_close(watched[1][0], plain[1][0])
 
 
 def test_mlp_without_gradients_and_with_dropout():

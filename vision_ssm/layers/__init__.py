@@ -7,6 +7,7 @@ from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .stem import ConvStem, PatchStem
+from .watched import is_plain
 
 __all__ = [
     "ChannelLastBatchNorm",
@@ -22,5 +23,6 @@ __all__ = [
     "build_mlp",
     "get_activation",
     "get_norm",
+    "is_plain",
     "resample_position_table",
 ]

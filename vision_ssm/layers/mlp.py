@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .activation import get_activation
+from .watched import is_plain
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -37,7 +38,8 @@ class Mlp(TimmMlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features). Returns (..., out_features)."""
         # a compiler decides by itself what to make again
-        light = isinstance(self.act, nn.GELU) and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        light = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        light = light and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
         if not light or (self.training and self.drop1.p > 0):
             return super().forward(x)
         return self.drop2(_GeluLinear.apply(self.fc1(x), self.fc2.weight, self.fc2.bias))

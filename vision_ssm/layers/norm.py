@@ -6,6 +6,7 @@ from torch import nn
 
 from ..ops.layer_norm import layer_norm
 from ..registry import suggest
+from .watched import is_plain
 
 
 class ChannelLastBatchNorm(nn.BatchNorm2d):
@@ -58,7 +59,7 @@ def add_norm(
     Returns:
         s in the dtype of `x`, and the norm of it in the autocast dtype, if there is one, for the layers that follow.
     """
-    if not isinstance(norm, LayerNorm):
+    if not is_plain(norm, LayerNorm):
         if branch is not None:
             x = x + (branch if drop_path is None else drop_path(branch))
         return x, norm(x)

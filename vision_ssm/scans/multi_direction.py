@@ -7,7 +7,7 @@ github.com/MzeroMiko/VMamba (MIT), classification/models/vmamba.py.
 import torch
 from torch import nn
 
-from ..layers import DepthwiseConv2d, LayerNorm, get_activation
+from ..layers import DepthwiseConv2d, LayerNorm, get_activation, is_plain
 from ..registry import SCANS, suggest
 from .core import S6Core, SSDCore, resolve_dt_rank
 from .routes import build_routes
@@ -111,7 +111,7 @@ class MultiDirectionScan(nn.Module):
         if self.gate:
             h, z = h.chunk(2, dim=-1)  # each (B, H, W, D)
         h = self.conv(h)
-        if isinstance(self.out_norm, LayerNorm):
+        if is_plain(self.out_norm, LayerNorm):
             y = self.core(h, norm=self.out_norm).to(h.dtype)
         else:
             y = self.out_norm(self.core(h)).to(h.dtype)
