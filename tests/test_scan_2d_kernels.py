@@ -206,16 +206,18 @@ def test_strided_inputs(options):
 
 
 @pytest.mark.parametrize(
-    ("scale", "dtype"),
+    ("rank", "scale", "dtype"),
     [
-        (dict(delta=1e4), torch.float32),
-        (dict(delta=-1e4), torch.float32),
-        (dict(x=1e15), torch.float32),
-        (dict(x=1e15), torch.bfloat16),
+        (None, dict(delta=1e4), torch.float32),
+        (None, dict(delta=-1e4), torch.float32),  # of low rank, no gradient but of steps around exp(-100) would be left
+        (None, dict(x=1e15), torch.float32),
+        (None, dict(x=1e15), torch.bfloat16),
+        (2, dict(delta=1e4), torch.float32),
+        (2, dict(x=1e15), torch.float32),
+        (2, dict(x=1e15), torch.bfloat16),
     ],
     ids=identify,
 )
-@pytest.mark.parametrize("rank", [None, 2], ids=["full step sizes", "low rank"])
 def test_large_values(rank, scale, dtype):
     """Step sizes and inputs as large as they come: finite, and as exact as ever."""
     inputs = small(rank=rank, size=(10, 10))
