@@ -6,6 +6,7 @@ With one state per channel; test_scan_2d_states.py has more states, test_gpu_ker
 import pytest
 import torch
 from ops_support import (
+    OPERATORS,
     TOLERANCE,
     Poison,
     cast,
@@ -209,7 +210,7 @@ def test_strided_inputs(options):
     ("rank", "scale", "dtype"),
     [
         (None, dict(delta=1e4), torch.float32),
-        (None, dict(delta=-1e4), torch.float32),  # of low rank, no gradient but of steps around exp(-100) would be left
+        (None, dict(delta=-1e4), torch.float32),
         (None, dict(x=1e15), torch.float32),
         (None, dict(x=1e15), torch.bfloat16),
         (2, dict(delta=1e4), torch.float32),
@@ -226,6 +227,19 @@ def test_large_values(rank, scale, dtype):
     for name, factor in scale.items():
         inputs[name] = inputs[name].abs() * factor
     compare_with_twin("scan_2d", inputs, dtype)
+
+
+def test_steps_that_vanish():
+    """Low-rank step sizes of exp(-100) and less: y as exact as ever, and every gradient finite.
+
+    Gradients are compared in `test_large_values` with whole step sizes, some of which are near 0. Here what is left of
+    them comes from such exponentials alone, which float32 rounds by more than the tolerance (the chunked path as well).
+    """
+    inputs = small(rank=2, size=(10, 10))
+    inputs["dt_weight"], inputs["delta"] = inputs["dt_weight"].abs(), -1e4 * inputs["delta"].abs()
+    got, want = (run(operator, inputs) for operator in OPERATORS["scan_2d"])
+    check("scan_2d output", got["output 0"], want["output 0"], TOLERANCE[torch.float32])
+    assert all(torch.isfinite(value).all() for value in got.values())
 
 
 def test_strong_decay():

@@ -190,11 +190,12 @@ def empty_saved(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     nothing = x.new_empty(0)
     if norm_weight is None:
         return nothing, nothing.clone(), nothing.clone()
-    out = x.new_empty(_output_shape(x, read, merge), dtype=work_dtype(x))
+    out = x.new_empty(output_shape(x, read, merge), dtype=work_dtype(x))
     return out, out.new_empty(*out.shape[:-1], 2), nothing
 
 
-def _output_shape(x: Tensor, read: Tensor, merge: bool) -> tuple[int, ...]:
+def output_shape(x: Tensor, read: Tensor, merge: bool) -> tuple[int, ...]:
+    """(B, L, D), or (B, L, K, D) for routes that are kept apart."""
     return (*x.shape[:2], x.shape[-1]) if merge else (*x.shape[:2], read.shape[0], x.shape[-1])
 
 
@@ -202,7 +203,7 @@ def forward(x: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Arguments of the operator. Returns the output and, where it is to be kept, what `empty_saved` allocates."""
     scan = _Routes(x, *inputs[:9], *inputs[12:15])
     norm_weight, norm_bias, norm_eps, save = *inputs[9:12], inputs[15]
-    out = scan.x.new_empty(_output_shape(x, scan.read, scan.merge))
+    out = scan.x.new_empty(output_shape(x, scan.read, scan.merge))
     for images, routes, channels in scan.blocks():
         y = scan.scan(images, routes, channels).forward()[0]
         bags = scan.plans(routes)[1]

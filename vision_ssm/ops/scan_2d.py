@@ -20,7 +20,7 @@ _OP = "scan_2d"
 
 def _fake(x: Tensor, *inputs: Any) -> Tensor:
     read, norm_weight, merge = inputs[5], inputs[9], inputs[14]
-    shape = (*x.shape[:2], x.shape[-1]) if merge else (*x.shape[:2], read.shape[0], x.shape[-1])
+    shape = chunked_scan_2d.output_shape(x, read, merge)
     return x.new_empty(shape, dtype=work_dtype(x) if norm_weight is None else x.dtype)
 
 
