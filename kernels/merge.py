@@ -18,9 +18,9 @@ def _merge_kernel(
 ):  # fmt: skip
     groups = tl.cdiv(targets, TARGETS)
     image = (tl.program_id(0) // groups).to(tl.int64)
-    t = (tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS)
+    t = ((tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS))[:, None]
     d = tl.arange(0, BLOCK)
-    inside = (t < targets)[:, None] & (d < DIM)[None, :]
+    inside = (t < targets) & (d < DIM)[None, :]
     if offsets is None:
         start = t * count
         end = start + count
@@ -33,26 +33,26 @@ def _merge_kernel(
         for j in tl.static_range(COUNT):
             used = (t < targets) & (start + j < end)
             row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
-            y += tl.load(steps + row[:, None] * DIM + d[None, :], mask=used[:, None] & inside, other=0.0).to(tl.float32)
+            y += tl.load(steps + row * DIM + d[None, :], mask=used & inside, other=0.0).to(tl.float32)
     else:
         for j in range(count):
             used = (t < targets) & (start + j < end)
             row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
-            y += tl.load(steps + row[:, None] * DIM + d[None, :], mask=used[:, None] & inside, other=0.0).to(tl.float32)
-    place = (image * targets + t)[:, None] * DIM + d[None, :]
+            y += tl.load(steps + row * DIM + d[None, :], mask=used & inside, other=0.0).to(tl.float32)
+    place = (image * targets + t) * DIM + d[None, :]
     if weight is not None:
         if total is not None:
             stored = y.to(total.dtype.element_ty)
             tl.store(total + place, stored, mask=inside)
             y = stored.to(tl.float32)  # backward sees the same sum
-        mean = tl.sum(y, 1) / DIM
-        centred = tl.where((d < DIM)[None, :], y - mean[:, None], 0.0)
-        scale = tl.rsqrt(tl.sum(centred * centred, 1) / DIM + eps)
+        mean = tl.sum(y, 1)[:, None] / DIM
+        centred = tl.where((d < DIM)[None, :], y - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(centred * centred, 1)[:, None] / DIM + eps)
         if total is not None:
             tl.store(statistics + (image * targets + t) * 2, mean, mask=t < targets)
             tl.store(statistics + (image * targets + t) * 2 + 1, scale, mask=t < targets)
         gain = tl.load(weight + d, mask=d < DIM, other=0.0).to(tl.float32)
-        y = centred * scale[:, None] * gain[None, :]
+        y = centred * scale * gain[None, :]
         if bias is not None:
             y += tl.load(bias + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
     tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
@@ -101,7 +101,7 @@ def _projections_kernel(
     width: tl.constexpr = RANK + 2 * STATES
     groups = tl.cdiv(targets, TARGETS)
     image = (tl.program_id(0) // groups).to(tl.int64)
-    t = (tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS)
+    t = ((tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS))[:, None]
     c = tl.arange(0, BLOCK)
     if offsets is None:
         start = t * count
@@ -110,16 +110,16 @@ def _projections_kernel(
         start = tl.load(offsets + t, mask=t < targets, other=0)
         end = tl.load(offsets + t + 1, mask=t < targets, other=0)
     parts += image * step_rows * width
-    inside = (t < targets)[:, None] & (c < width)[None, :]
+    inside = (t < targets) & (c < width)[None, :]
     sums = tl.zeros([TARGETS, BLOCK], tl.float32)
     for j in range(count):
         used = (t < targets) & (start + j < end)
         row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
-        source = parts + row[:, None] * width + c[None, :]
+        source = parts + row * width + c[None, :]
         for _ in range(blocks):
-            sums += tl.load(source, mask=used[:, None] & inside, other=0.0)
+            sums += tl.load(source, mask=used & inside, other=0.0)
             source += part_size
-    row = (image * targets + t)[:, None]
+    row = image * targets + t
     if RANK > 0:
         of_rank = inside & (c < RANK)[None, :]
         tl.store(low_rank + row * RANK + c[None, :], sums.to(low_rank.dtype.element_ty), mask=of_rank)

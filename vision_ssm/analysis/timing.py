@@ -272,6 +272,7 @@ class GraphedStep:
         if device.type != "cuda":
             raise BenchmarkError(f"CUDA graphs need a CUDA device, not {device}")
         self._graph = torch.cuda.CUDAGraph()
+        self._step = step  # owns what the recorded kernels read: a model's parameters, say
         with torch.cuda.device(device):
             stream = _recording_stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
