@@ -1,125 +1,444 @@
-"""The selective scan over 1-D sequences, time last in memory: Mamba (arXiv 2312.00752).
+"""The selective scan over 1-D sequences, time last in memory: Mamba (arXiv 2312.00752), forward and backward.
 
-Forward reads (batch, dim, L) as it is: a program walks one sequence for a block of channels, a lane per channel, with
-16 consecutive steps of every channel at a time. Backward is that of the channel-last scan along a single route per
-group of channels, on transposed copies.
+The lanes of a warp share the states of its channels: a lane has OWN states of one channel, and SHARE lanes have all of
+them. Few states per lane make many warps of few channels, which one long sequence needs. What depends on channel and
+step alone, such as the softplus of the step sizes, is computed with a lane per channel and step, and then spread over
+the lanes of the channel through shared memory; outputs come back the same way and are added up there. Backward walks
+the tiles from the end, starting from the states that forward kept, and leaves gradients of B and C per block of
+channels, which are added up afterwards.
 """
 
-import functools
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
-from . import scan_2d
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import LN_2, LOG2_E, rows_of, softplus_log2, tile_of
+from .tiles import LN_2, LOG2_E, pinned, rows_of, softplus_log2, softplus_slope, tile_of
 
-_TILE = scan_2d.TILE
-_CHANNELS = 32
+@triton.jit
+def _spread(step, drive, SHARE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """Two tiles [CHANNELS, TILE] -> tuple of their rows [CHANNELS * SHARE] in turns, the same for a channel's lanes."""
+    if SHARE == 1:
+        steps = rows_of(step, TILE, CHANNELS)
+        drives = rows_of(drive, TILE, CHANNELS)
+        rows = ()
+        for j in tl.static_range(TILE):
+            rows = rows + (steps[j], drives[j])
+        return rows
+    else:
+        both = tl.reshape(tl.join(pinned(step), pinned(drive)), [CHANNELS, 2 * TILE])  # one exchange for both
+        both = tl.broadcast_to(both[:, None, :], [CHANNELS, SHARE, 2 * TILE])
+        return rows_of(tl.reshape(both, [CHANNELS * SHARE, 2 * TILE]), 2 * TILE, CHANNELS * SHARE)
 
 
-@triton.jit(do_not_specialize=["stride_n"])  # or states would be spread over lanes, for wider loads of A
+@triton.jit
+def _load_matrix(matrix, SHARE: tl.constexpr, STATES: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """B or C of TILE steps, as `_blocked` lays them out: tuple of rows [CHANNELS * SHARE], step after step.
+
+    Every lane loads 16 bytes at a time, and a warp whole lines of the cache.
+    """
+    width: tl.constexpr = 128 // matrix.dtype.element_ty.primitive_bitwidth
+    lanes: tl.constexpr = CHANNELS * SHARE
+    share = (tl.arange(0, lanes) % SHARE)[:, None] * width + tl.arange(0, width)[None, :]
+    rows = ()
+    for part in tl.static_range(TILE * STATES // width):
+        rows = rows + rows_of(tl.load(matrix + part * (SHARE * width) + share), width, lanes)
+    return rows
+
+
+@triton.jit
+def _sum_last(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] -> [ROWS]: every lane gets whole rows, and no sum goes from lane to lane."""
+    terms = rows_of(tile, COLUMNS, ROWS)
+    total = terms[0]
+    for i in tl.static_range(1, COLUMNS):
+        total += terms[i]
+    return total
+
+
+@triton.jit
+def _sum_share(rows, SHARE: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr):
+    """Tuple of STEPS rows [CHANNELS * SHARE], added up over the lanes of every channel -> [CHANNELS, STEPS]."""
+    tile = tile_of(rows, 0, 1, STEPS, CHANNELS * SHARE)
+    if SHARE == 1:
+        return tile
+    else:
+        tile = tl.permute(tl.reshape(tile, [CHANNELS, SHARE, STEPS]), [0, 2, 1])
+        total = _sum_last(tl.reshape(tile, [CHANNELS * STEPS, SHARE]), CHANNELS * STEPS, SHARE)
+        return tl.reshape(total, [CHANNELS, STEPS])
+
+
+@triton.jit
+def _sum_channels(rows, SHARE: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tuple of COLUMNS rows [CHANNELS * SHARE], added up over channels -> [SHARE, COLUMNS]."""
+    tile = tile_of(rows, 0, 1, COLUMNS, CHANNELS * SHARE)
+    if CHANNELS == 1:
+        return tl.reshape(tile, [SHARE, COLUMNS])
+    else:
+        tile = tl.permute(tl.reshape(tile, [CHANNELS, SHARE, COLUMNS]), [1, 2, 0])
+        total = _sum_last(tl.reshape(tile, [SHARE * COLUMNS, CHANNELS]), SHARE * COLUMNS, CHANNELS)
+        return tl.reshape(total, [SHARE, COLUMNS])
+
+
+@triton.jit
+def _load_steps(
+    u, delta, shift, mask, CHANNELS: tl.constexpr, SHARE: tl.constexpr, TILE: tl.constexpr,
+    WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """A tile of inputs, of arguments of step sizes and of step sizes in units of log2, and rows of steps and drives.
+
+    The drive of a step is its input times its step size.
+    """
+    value = tl.load(u, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(delta, mask=mask, other=0.0).to(tl.float32) * LOG2_E + shift[:, None]
+    step = v
+    if SOFTPLUS:
+        step = softplus_log2(v, EXACT)
+    if not WHOLE:
+        step = tl.where(mask, step, 0.0)  # steps behind the end leave the state as it is
+    return value, v, step, _spread(step, step * value * LN_2, SHARE, CHANNELS, TILE)
+
+
+@triton.jit
+def _load_rows(pointers, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] in memory -> tuple of COLUMNS rows [ROWS]; zeros where there is nothing to load."""
+    if pointers is None:
+        zeros = ()
+        for _ in tl.static_range(COLUMNS):
+            zeros = zeros + (tl.zeros([ROWS], tl.float32),)
+        return zeros
+    else:
+        return rows_of(tl.load(pointers, mask=mask, other=0.0), COLUMNS, ROWS)
+
+
+@triton.jit
 def _forward_kernel(
     u, delta, A, B, C, D, z, bias, y, ungated, last, states,
-    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, stride_n, length,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, STATE_BLOCK: tl.constexpr,
+    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
-    KEEP: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
+    lanes: tl.constexpr = CHANNELS * SHARE
     blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
+    dim: tl.constexpr = GROUPS * GROUP
     pid = tl.program_id(0)
     block = pid % blocks
     group = (pid // blocks) % GROUPS
     image = (pid // (blocks * GROUPS)).to(tl.int64)
-    line = image * GROUPS + group
 
-    within = block * CHANNELS + tl.arange(0, CHANNELS)
-    inside = within < GROUP
-    d = (group * GROUP + within).to(tl.int64)
-    n = tl.arange(0, STATE_BLOCK)
-    some = (n < STATES)[:, None] & inside[None, :]
-    if STATES == 1:
-        decay_rate = tl.load(A + d, mask=inside, other=0.0)
-        h = tl.zeros([CHANNELS], tl.float32)
-    else:
-        decay_rate = tl.load(A + d[None, :] + n[:, None] * stride_n, mask=some, other=0.0)
-        h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
-    skip = 0.0 if D is None else tl.load(D + d, mask=inside, other=0.0)
-    shift = 0.0 if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
-    steps = tl.arange(0, TILE)
-    u += image * stride_ub + d[:, None] * stride_ud + steps[None, :]
-    delta += image * stride_db + d[:, None] * stride_dd + steps[None, :]
-    row = (image * GROUPS * GROUP + d) * length
-    y += row[:, None] + steps[None, :]
-    if z is not None:
-        z += image * stride_zb + d[:, None] * stride_zd + steps[None, :]
-    if ungated is not None:
-        ungated += row[:, None] + steps[None, :]
-    B += line * length * STATES
-    C += line * length * STATES
-    if KEEP > 0:
-        states += line * tl.cdiv(length, KEEP * TILE) * STATES * GROUP + within
+    # a lane has OWN states of a channel
+    n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
+    within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
+    some = (n < STATES) & (within < GROUP)
+    place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
+    rates = _load_rows(A + place, some, lanes, OWN)
+    hs = _load_rows(None, some, lanes, OWN)
+    B += (image * GROUPS + group) * padded * (SHARE * OWN)
+    C += (image * GROUPS + group) * padded * (SHARE * OWN)
+    if CHUNK > 0:
+        states += image * tl.cdiv(length, CHUNK) * (dim * STATES) + place
+    # a lane has a channel and some steps
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < GROUP
+    d = (group * GROUP + channel).to(tl.int64)
+    skip = tl.zeros([CHANNELS], tl.float32) if D is None else tl.load(D + d, mask=inside, other=0.0)
+    shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
+    t = tl.arange(0, TILE)
+    u += image * stride_ub + d[:, None] * stride_ud + t[None, :]
+    delta += image * stride_db + d[:, None] * stride_dd + t[None, :]
+    row = (image * dim + d)[:, None] * length + t[None, :]
 
     for first in range(0, length, TILE):
-        if KEEP > 0:
-            if first % (KEEP * TILE) == 0:
-                if STATES == 1:
-                    tl.store(states, h, mask=inside)
-                else:
-                    tl.store(states[None, :] + n[:, None] * GROUP, h, mask=some)
-                states += STATES * GROUP
-        mask = inside[:, None] & (first + steps < length)[None, :]
-        values = rows_of(tl.load(u, mask=mask, other=0.0), TILE, CHANNELS)
-        vs = rows_of(tl.load(delta, mask=mask, other=0.0), TILE, CHANNELS)
+        if CHUNK > 0:
+            if first % CHUNK == 0:
+                tl.store(states, tile_of(hs, 0, 1, OWN, lanes), mask=some)
+                states += dim * STATES
+        mask = inside[:, None] & (first + t < length)[None, :]
+        if z is not None:
+            gate = tl.load(
+                z + image * stride_zb + d[:, None] * stride_zd + (first + t)[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
+        value, v, step, rows = _load_steps(
+            u + first, delta + first, shift, mask, CHANNELS, SHARE, TILE, WHOLE, SOFTPLUS, EXACT
+        )
+        bs = _load_matrix(B + first * (SHARE * OWN), SHARE, OWN, CHANNELS, TILE)
+        cs = _load_matrix(C + first * (SHARE * OWN), SHARE, OWN, CHANNELS, TILE)
         outs = ()
         for j in tl.static_range(TILE):
-            step = vs[j].to(tl.float32) * LOG2_E + shift
-            if SOFTPLUS:
-                step = softplus_log2(step, EXACT)
-            if WHOLE:
-                source = first + j
-            else:
-                step = tl.where(first + j < length, step, 0.0)  # the last state stays as it is
-                source = tl.minimum(first + j, length - 1)
-            value = values[j].to(tl.float32)
-            if STATES == 1:
-                b = tl.load(B + source).to(tl.float32) * LN_2
-                c = tl.load(C + source).to(tl.float32)
-                h = tl.exp2(step * decay_rate) * h + (step * value) * b
-                out = h * c
-            else:
-                b = tl.load(B + source * STATES + n, mask=n < STATES, other=0.0).to(tl.float32) * LN_2
-                c = tl.load(C + source * STATES + n, mask=n < STATES, other=0.0).to(tl.float32)
-                h = tl.exp2(step[None, :] * decay_rate) * h + (step * value)[None, :] * b[:, None]
-                out = tl.sum(h * c[:, None], 0)
-            outs = outs + (out + skip * value,)
-        out = tile_of(outs, 0, 1, TILE, CHANNELS)
+            after = ()
+            out = tl.zeros([lanes], tl.float32)
+            for r in tl.static_range(OWN):
+                h = tl.exp2(rows[2 * j] * rates[r]) * hs[r] + rows[2 * j + 1] * bs[j * OWN + r].to(tl.float32)
+                out += h * cs[j * OWN + r].to(tl.float32)
+                after = after + (h,)
+            hs = after
+            outs = outs + (out,)
+        out = _sum_share(outs, SHARE, CHANNELS, TILE) + skip[:, None] * value
         if z is not None:
             if ungated is not None:
-                tl.store(ungated, out.to(ungated.dtype.element_ty), mask=mask)
-                ungated += TILE
-            gate = tl.load(z, mask=mask, other=0.0).to(tl.float32)
+                tl.store(ungated + row + first, out.to(ungated.dtype.element_ty), mask=mask)
             out *= gate / (1.0 + tl.exp2(-gate * LOG2_E))
-            z += TILE
-        tl.store(y, out.to(y.dtype.element_ty), mask=mask)
-        u += TILE
-        delta += TILE
-        y += TILE
-    if STATES == 1:
-        tl.store(last + image * GROUPS * GROUP + d, h, mask=inside)
-    else:
-        tl.store(last + ((image * GROUPS * GROUP + d) * STATES)[None, :] + n[:, None], h, mask=some)
+        tl.store(y + row + first, out.to(y.dtype.element_ty), mask=mask)
+    tl.store(last + image * (dim * STATES) + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
 
 
-def _time_last(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+@triton.jit
+def _backward_kernel(
+    u, delta, A, B, C, D, z, bias, ungated, states, grad, end,
+    grad_u, grad_delta, grad_z, parts, grad_A, sums,
+    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, stride_gb, stride_gd,
+    length, padded, part_size, sum_size,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    lanes: tl.constexpr = CHANNELS * SHARE
+    state_block: tl.constexpr = SHARE * OWN
+    blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
+    dim: tl.constexpr = GROUPS * GROUP
+    tiles: tl.constexpr = CHUNK // TILE
+    pid = tl.program_id(0)
+    block = pid % blocks
+    group = (pid // blocks) % GROUPS
+    image = (pid // (blocks * GROUPS)).to(tl.int64)
+
+    n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
+    within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
+    some = (n < STATES) & (within < GROUP)
+    place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
+    rates = _load_rows(A + place, some, lanes, OWN)
+    # gradients of the states, carried one step back
+    backs = _load_rows(None if end is None else end + image * (dim * STATES) + place, some, lanes, OWN)
+    sum_decays = _load_rows(None, some, lanes, OWN)
+    B += (image * GROUPS + group) * padded * state_block
+    C += (image * GROUPS + group) * padded * state_block
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < GROUP
+    d = (group * GROUP + channel).to(tl.int64)
+    skip = tl.zeros([CHANNELS], tl.float32) if D is None else tl.load(D + d, mask=inside, other=0.0)
+    shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
+    sum_skip = tl.zeros([CHANNELS, TILE], tl.float32)
+    sum_shift = tl.zeros([CHANNELS, TILE], tl.float32)
+    t = tl.arange(0, TILE)
+    u += image * stride_ub + d[:, None] * stride_ud + t[None, :]
+    delta += image * stride_db + d[:, None] * stride_dd + t[None, :]
+    grad += image * stride_gb + d[:, None] * stride_gd + t[None, :]
+    row = (image * dim + d)[:, None] * length + t[None, :]
+    # gradients of B and C of a tile, laid out as B and C are: [SHARE, TILE * OWN]
+    part = block.to(tl.int64) * part_size + (image * GROUPS + group) * padded * state_block
+    column = tl.arange(0, TILE * OWN)
+    width: tl.constexpr = 128 // B.dtype.element_ty.primitive_bitwidth
+    part += tl.arange(0, SHARE)[:, None] * width + (column // width * (SHARE * width) + column % width)[None, :]
+    part_c = blocks * part_size.to(tl.int64)
+    chunks = tl.cdiv(length, CHUNK)
+
+    for turn in range(0, chunks):
+        start = (chunks - 1 - turn) * CHUNK
+        kept = states + (image * chunks + (chunks - 1 - turn)) * (dim * STATES) + place
+        hs = _load_rows(kept, some, lanes, OWN)
+        before = (hs,)  # every tile of the chunk
+        for number in tl.static_range(tiles - 1):
+            first = start + number * TILE
+            mask = inside[:, None] & (first + t < length)[None, :]
+            _, _, _, rows = _load_steps(
+                u + first, delta + first, shift, mask, CHANNELS, SHARE, TILE, WHOLE, SOFTPLUS, EXACT
+            )
+            bs = _load_matrix(B + first * state_block, SHARE, OWN, CHANNELS, TILE)
+            for j in tl.static_range(TILE):
+                after = ()
+                for r in tl.static_range(OWN):
+                    decay = tl.exp2(rows[2 * j] * rates[r])
+                    after = after + (decay * hs[r] + rows[2 * j + 1] * bs[j * OWN + r].to(tl.float32),)
+                hs = after
+            before = before + (hs,)
+        for turned in tl.static_range(tiles):
+            first = start + (tiles - 1 - turned) * TILE
+            mask = inside[:, None] & (first + t < length)[None, :]
+            dy = tl.load(grad + first, mask=mask, other=0.0).to(tl.float32)
+            if z is not None:
+                gate = tl.load(
+                    z + image * stride_zb + d[:, None] * stride_zd + (first + t)[None, :], mask=mask, other=0.0
+                ).to(tl.float32)
+                out = tl.load(ungated + row + first, mask=mask, other=0.0).to(tl.float32)
+                sigmoid = 1.0 / (1.0 + tl.exp2(-gate * LOG2_E))
+                dz = dy * out * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+                tl.store(grad_z + row + first, dz.to(grad_z.dtype.element_ty), mask=mask)
+                dy *= gate * sigmoid
+            value, v, step, rows = _load_steps(
+                u + first, delta + first, shift, mask, CHANNELS, SHARE, TILE, WHOLE, SOFTPLUS, EXACT
+            )
+            if SHARE == 1:
+                dys = rows_of(dy, TILE, CHANNELS)
+            else:
+                wide = tl.broadcast_to(pinned(dy)[:, None, :], [CHANNELS, SHARE, TILE])
+                dys = rows_of(tl.reshape(wide, [lanes, TILE]), TILE, lanes)
+            bs = _load_matrix(B + first * state_block, SHARE, OWN, CHANNELS, TILE)
+            cs = _load_matrix(C + first * state_block, SHARE, OWN, CHANNELS, TILE)
+            hs = before[tiles - 1 - turned]  # before the first step, and after every step
+            decays = ()
+            for j in tl.static_range(TILE):
+                for r in tl.static_range(OWN):
+                    decay = tl.exp2(rows[2 * j] * rates[r])
+                    hs = hs + (decay * hs[j * OWN + r] + rows[2 * j + 1] * bs[j * OWN + r].to(tl.float32),)
+                    decays = decays + (decay,)
+            products = ()
+            of_b = ()
+            of_c = ()
+            for j in tl.static_range(TILE - 1, -1, -1):
+                along_decay = tl.zeros([lanes], tl.float32)
+                along = tl.zeros([lanes], tl.float32)
+                next_backs = ()
+                next_decays = ()
+                step_b = ()
+                step_c = ()
+                for r in tl.static_range(OWN):
+                    g = dys[j] * cs[j * OWN + r].to(tl.float32) + backs[r]
+                    back = decays[j * OWN + r] * g
+                    exponent = back * hs[j * OWN + r]  # gradient of step size times decay rate
+                    next_backs = next_backs + (back,)
+                    next_decays = next_decays + (sum_decays[r] + exponent * rows[2 * j],)
+                    along_decay += exponent * rates[r]
+                    along += g * bs[j * OWN + r].to(tl.float32)
+                    step_b = step_b + (g * rows[2 * j + 1],)
+                    step_c = step_c + (dys[j] * hs[(j + 1) * OWN + r],)
+                backs = next_backs
+                sum_decays = next_decays
+                products = (along_decay, along) + products
+                of_b = step_b + of_b
+                of_c = step_c + of_c
+            both = _sum_share(products, SHARE, CHANNELS, 2 * TILE)
+            along_decay, along = tl.split(tl.reshape(both, [CHANNELS, TILE, 2]))
+            slope = along_decay + along * value  # gradient of the step size
+            if SOFTPLUS:
+                slope *= softplus_slope(v, step, EXACT)
+            if not WHOLE:
+                slope = tl.where(mask, slope, 0.0)
+            sum_skip += dy * value
+            sum_shift += slope
+            dx = along * (step * LN_2) + skip[:, None] * dy
+            tl.store(grad_u + row + first, dx.to(grad_u.dtype.element_ty), mask=mask)
+            tl.store(grad_delta + row + first, slope.to(grad_delta.dtype.element_ty), mask=mask)
+            tl.store(parts + part + first * state_block, _sum_channels(of_b, SHARE, CHANNELS, TILE * OWN))
+            tl.store(parts + part + part_c + first * state_block, _sum_channels(of_c, SHARE, CHANNELS, TILE * OWN))
+    tl.store(grad_A + image * (dim * STATES) + place, tile_of(sum_decays, 0, 1, OWN, lanes) * LN_2, mask=some)
+    d += image * dim
+    tl.store(sums + d, tl.sum(sum_skip, 1), mask=inside)
+    tl.store(sums + sum_size + d, tl.sum(sum_shift, 1), mask=inside)
+
+
+def _chunk(states: int) -> int:
+    """Steps between the states that forward keeps: 16 states then take as much memory as a bfloat16 tensor."""
+    return 16 if states == 1 else 32
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if tensor is None else tensor.stride()[:2]
+
+
+def _time_last(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.contiguous()
 
 
 def _float32(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
+
+
+class _Cut(NamedTuple):
+    """How a kernel is cut: states that a lane has of a channel, steps of a tile, warps of a program, registers."""
+
+    own: int
+    tile: int
+    warps: int
+    registers: int | None = None
+
+
+_MANY_WARPS = 4096  # more than an H200 holds at a time
+_FEW_WARPS = 1024
+
+
+def _forward_cut(batch: int, dim: int, states: int) -> _Cut:
+    """Two states per lane cost the fewest instructions; one makes more warps."""
+    few = batch * dim * power_of_2(states) < 64 * _MANY_WARPS
+    return _Cut(own=1 if states == 1 or few else 2, tile=16, warps=1)
+
+
+def _backward_cut(batch: int, dim: int, states: int, dtype: torch.dtype) -> _Cut:
+    """Programs of many channels leave fewer shares of the gradients of B and C to add up."""
+    warps = batch * dim * power_of_2(states) // 64
+    if states == 1:
+        return _Cut(own=1, tile=16, warps=1)
+    if warps < _FEW_WARPS:
+        return _Cut(own=1, tile=16, warps=4)
+    return _Cut(own=2, tile=8, warps=4, registers=128 if warps > _MANY_WARPS and dtype.itemsize == 2 else None)
+
+
+class _Call:
+    """Inputs of a call as the kernels take them."""
+
+    def __init__(
+        self, cut: _Cut, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        delta_bias: Tensor | None, delta_softplus: bool,
+    ):  # fmt: skip
+        self.cut = cut
+        self.batch, self.dim, self.length = u.shape
+        self.groups, self.states = B.shape[1], A.shape[1]
+        self.chunk = _chunk(self.states)
+        self.chunks = ceil_div(self.length, self.chunk)
+        self.padded = self.chunks * self.chunk
+        self.share = max(1, power_of_2(self.states) // cut.own)
+        self.channels = max(1, 32 * cut.warps // self.share)
+        self.u, self.delta, self.z = _time_last(u), _time_last(delta), _time_last(z)
+        self.A, self.D, self.bias = _float32(A), _float32(D), _float32(delta_bias)
+        self.B, self.C = self._blocked(B), self._blocked(C)
+        self.softplus = delta_softplus
+
+    @property
+    def programs(self) -> int:
+        """Per image and group."""
+        return ceil_div(self.dim // self.groups, self.channels)
+
+    def _blocked(self, matrix: Tensor) -> Tensor:
+        """(batch, G, N, L) -> (batch, G, L / W, SHARE, W, OWN) in whole tiles, where W steps of OWN are 16 bytes."""
+        own, share = self.cut.own, self.share
+        width = 16 // matrix.element_size() // own
+        if (self.padded, own * share) != (self.length, self.states):
+            matrix = F.pad(matrix, (0, self.padded - self.length, 0, own * share - self.states))
+        matrix = matrix.unflatten(3, (-1, width)).unflatten(2, (share, own))
+        return matrix.permute(0, 1, 4, 2, 5, 3).contiguous()
+
+    def unblocked(self, matrix: Tensor) -> Tensor:
+        """The inverse of `_blocked`, as a view of (..., padded * SHARE * OWN) numbers."""
+        own, share = self.cut.own, self.share
+        width = 16 // self.B.element_size() // own
+        matrix = matrix.view(self.batch, self.groups, self.padded // width, share, width, own).permute(0, 1, 3, 5, 2, 4)
+        return matrix.reshape(self.batch, self.groups, own * share, self.padded)[:, :, : self.states, : self.length]
+
+    def strides(self) -> tuple[int, ...]:
+        return *_strides(self.u), *_strides(self.delta), *_strides(self.z)
+
+    def constants(self) -> dict:
+        return dict(
+            GROUPS=self.groups,
+            GROUP=self.dim // self.groups,
+            STATES=self.states,
+            SHARE=self.share,
+            OWN=self.cut.own,
+            CHANNELS=self.channels,
+            TILE=self.cut.tile,
+            WHOLE=self.padded == self.length,
+            SOFTPLUS=self.softplus,
+            EXACT=self.u.dtype == torch.float32,
+            num_warps=self.cut.warps,
+            maxnreg=self.cut.registers,
+        )
 
 
 def empty_saved(
@@ -128,10 +447,9 @@ def empty_saved(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The output before the gate, if there is one, and the states between chunks of steps."""
     batch, dim, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
-    kept = ceil_div(length, _TILE * scan_2d.tiles_per_state(states))
+    states = A.shape[1]
     ungated = u.new_empty(u.shape if z is not None else 0)
-    return ungated, u.new_empty(batch, groups, kept, states, dim // groups, dtype=torch.float32)
+    return ungated, u.new_empty(batch, ceil_div(length, _chunk(states)), dim, states, dtype=torch.float32)
 
 
 def forward(
@@ -139,33 +457,21 @@ def forward(
     delta_bias: Tensor | None, delta_softplus: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `vision_ssm.ops.selective_scan`. Returns y, the last state and, if `save`, what `empty_saved` allocates."""
-    batch, dim, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
+    cut = _forward_cut(*u.shape[:2], A.shape[1])
+    call = _Call(cut, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y = u.new_empty(u.shape)
-    last = u.new_empty(batch, dim, states, dtype=torch.float32)
+    last = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)
     ungated, kept = empty_saved(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save) if save else (None, None)
-    group = dim // groups
-    grid = batch * groups * ceil_div(group, _CHANNELS)
+    grid = call.batch * call.groups * call.programs
     if grid:
-        u, delta = _time_last(u), _time_last(delta)
-        z = None if z is None else _time_last(z)
         launch(
             _forward_kernel, (grid,),
-            u, delta, _float32(A.t()), B.transpose(2, 3).contiguous(), C.transpose(2, 3).contiguous(), _float32(D), z,
-            _float32(delta_bias), y, None if z is None else ungated, last, kept,
-            *u.stride()[:2], *delta.stride()[:2], *((0, 0) if z is None else z.stride()[:2]), dim, length,
-            GROUPS=groups, GROUP=group, STATES=states, STATE_BLOCK=power_of_2(states), CHANNELS=_CHANNELS, TILE=_TILE,
-            WHOLE=length % _TILE == 0, SOFTPLUS=delta_softplus, EXACT=u.dtype == torch.float32,
-            KEEP=scan_2d.tiles_per_state(states) if save else 0, num_warps=1,
+            call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias,
+            y, None if z is None else ungated, last, kept,
+            *call.strides(), call.length, call.padded,
+            CHUNK=call.chunk if save else 0, **call.constants(),
         )  # fmt: skip
     return (y, last, ungated, kept) if save else (y, last)
-
-
-@functools.lru_cache(maxsize=32)
-def _route(groups: int, length: int, device: torch.device) -> Tensor:
-    """Every group walks its sequence from the start; kept, so that what is planned for it is kept too."""
-    with torch.inference_mode(False):
-        return torch.arange(length, device=device).repeat(groups, 1)
 
 
 def backward(
@@ -174,40 +480,32 @@ def backward(
     delta_bias: Tensor | None, delta_softplus: bool, save: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of all floating-point inputs that are given, by name; empty gradients of outputs stand for zeros."""
-    if not grad_y.numel():
-        grad_y = u.new_zeros(u.shape)
     if not save:  # forward kept nothing
         _, _, ungated, states = forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-    groups = B.shape[1]
-    grads: dict[str, Tensor] = {}
+    cut = _backward_cut(*u.shape[:2], A.shape[1], u.dtype)
+    call = _Call(cut, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    grad = u.new_zeros(u.shape) if not grad_y.numel() else _time_last(grad_y)
+    end = grad_last.float().contiguous() if grad_last.numel() else None
+    grads = {"u": u.new_empty(u.shape), "delta": delta.new_empty(u.shape)}
     if z is not None:
-        gate, wide = z.float(), grad_y.float()
-        slope = torch.sigmoid(gate)
-        grads["z"] = wide * ungated * (slope * (1 + gate * (1 - slope)))
-        grad_y = (wide * (gate * slope)).to(u.dtype)
-
-    def channels_last(tensor: Tensor) -> Tensor:  # (batch, dim, L) -> (batch, L, G, dim / G)
-        return tensor.unflatten(1, (groups, -1)).permute(0, 3, 1, 2).contiguous()
-
-    def time_last(tensor: Tensor) -> Tensor:
-        return tensor.permute(0, 2, 3, 1).flatten(1, 2)
-
-    def by_group(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.unflatten(0, (groups, -1))
-
-    call = scan_2d.Call(
-        channels_last(u), channels_last(delta), A.unflatten(0, (groups, -1)),
-        B.permute(0, 3, 1, 2).contiguous(), C.permute(0, 3, 1, 2).contiguous(), by_group(D),
-        _route(groups, u.shape[2], u.device), None, None, by_group(delta_bias), delta_softplus, None,
-    )  # fmt: skip
-    end = None
-    if grad_last.numel():
-        end = grad_last.float().unflatten(1, (groups, -1)).transpose(2, 3).contiguous()  # (batch, G, N, dim / G)
-    of_scan = scan_2d.scan_backward(call, channels_last(grad_y), states, end)
-    grads["u"], grads["delta"] = time_last(of_scan["x"]), time_last(of_scan["delta"])
-    grads["A"] = of_scan["A"].flatten(0, 1)
-    grads["B"], grads["C"] = (of_scan[name].permute(0, 2, 3, 1) for name in ("B", "C"))
-    for name, source in (("D", "D"), ("delta_bias", "dt_bias")):
-        if source in of_scan:
-            grads[name] = of_scan[source].flatten(0, 1)
+        grads["z"] = z.new_empty(u.shape)
+    parts = u.new_empty(2, call.programs, call.B.numel(), dtype=torch.float32)  # of B and of C, per program
+    by_image = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)
+    sums = u.new_empty(2, call.batch, call.dim, dtype=torch.float32)  # of D and of delta_bias
+    grid = call.batch * call.groups * call.programs
+    if grid:
+        launch(
+            _backward_kernel, (grid,),
+            call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias,
+            None if z is None else ungated, states, grad, end,
+            grads["u"], grads["delta"], grads.get("z"), parts, by_image, sums,
+            *call.strides(), *_strides(grad), call.length, call.padded, parts.stride(1), sums.stride(0),
+            CHUNK=call.chunk, **call.constants(),
+        )  # fmt: skip
+    grads["B"], grads["C"] = (call.unblocked(part) for part in parts.sum(1))
+    grads["A"] = by_image.sum(0)
+    if D is not None:
+        grads["D"] = sums[0].sum(0)
+    if delta_bias is not None:
+        grads["delta_bias"] = sums[1].sum(0)
     return grads

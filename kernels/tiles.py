@@ -100,6 +100,19 @@ def precise_dot(a, b, acc):
 
 
 @triton.jit
+def pinned(x):
+    """`x` of float32, computed in one place.
+
+    The compiler cannot see through the inline code: it would otherwise compute `x` again in whatever layout it is used
+    in, by all lanes that share a number, instead of moving the numbers there.
+    """
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
 def prefetch(pointers):
     """Ask for the cache lines of `pointers`, of any shape; nothing waits for them."""
     if not INTERPRETED:
