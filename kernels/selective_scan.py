@@ -5,7 +5,8 @@ them. Few states per lane make many warps of few channels, which one long sequen
 step alone, such as the softplus of the step sizes, is computed with a lane per channel and step, and then spread over
 the lanes of the channel through shared memory; outputs come back the same way and are added up there. Backward walks
 the tiles from the end, starting from the states that forward kept, and leaves gradients of B and C per block of
-channels, which are added up afterwards.
+channels, which are added up afterwards. Where even that makes few warps, sequences are cut into segments: a first pass
+finds what every segment adds to what enters it, and so what enters the next.
 """
 
 from typing import NamedTuple
@@ -118,8 +119,8 @@ def _load_rows(pointers, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    u, delta, A, B, C, D, z, bias, y, ungated, last, states,
-    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded,
+    u, delta, A, B, C, D, z, bias, begin, y, ungated, last, states,
+    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded, span,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -127,10 +128,15 @@ def _forward_kernel(
     lanes: tl.constexpr = CHANNELS * SHARE
     blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
     dim: tl.constexpr = GROUPS * GROUP
+    segments = tl.cdiv(length, span)
     pid = tl.program_id(0)
     block = pid % blocks
-    group = (pid // blocks) % GROUPS
-    image = (pid // (blocks * GROUPS)).to(tl.int64)
+    segment = (pid // blocks) % segments
+    group = (pid // (blocks * segments)) % GROUPS
+    image = (pid // (blocks * segments * GROUPS)).to(tl.int64)
+    start = segment * span
+    stop = tl.minimum(start + span, length)
+    ends = (image * segments + segment) * (dim * STATES)
 
     # a lane has OWN states of a channel
     n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
@@ -138,11 +144,11 @@ def _forward_kernel(
     some = (n < STATES) & (within < GROUP)
     place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
     rates = _load_rows(A + place, some, lanes, OWN)
-    hs = _load_rows(None, some, lanes, OWN)
+    hs = _load_rows(None if begin is None else begin + ends + place, some, lanes, OWN)
     B += (image * GROUPS + group) * padded * (SHARE * OWN)
     C += (image * GROUPS + group) * padded * (SHARE * OWN)
     if CHUNK > 0:
-        states += image * tl.cdiv(length, CHUNK) * (dim * STATES) + place
+        states += (image * tl.cdiv(length, CHUNK) + start // CHUNK) * (dim * STATES) + place
     # a lane has a channel and some steps
     channel = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < GROUP
@@ -154,7 +160,7 @@ def _forward_kernel(
     delta += image * stride_db + d[:, None] * stride_dd + t[None, :]
     row = (image * dim + d)[:, None] * length + t[None, :]
 
-    for first in range(0, length, TILE):
+    for first in range(start, stop, TILE):
         if CHUNK > 0:
             if first % CHUNK == 0:
                 tl.store(states, tile_of(hs, 0, 1, OWN, lanes), mask=some)
@@ -185,7 +191,8 @@ def _forward_kernel(
                 tl.store(ungated + row + first, out.to(ungated.dtype.element_ty), mask=mask)
             out *= gate / (1.0 + tl.exp2(-gate * LOG2_E))
         tl.store(y + row + first, out.to(y.dtype.element_ty), mask=mask)
-    tl.store(last + image * (dim * STATES) + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
+    if segment == segments - 1:
+        tl.store(last + image * (dim * STATES) + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
 
 
 @triton.jit
@@ -193,7 +200,7 @@ def _backward_kernel(
     u, delta, A, B, C, D, z, bias, ungated, states, grad, end,
     grad_u, grad_delta, grad_z, parts, grad_A, sums,
     stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, stride_gb, stride_gd,
-    length, padded, part_size, sum_size,
+    length, padded, span, part_size, sum_size,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -203,10 +210,15 @@ def _backward_kernel(
     blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
     dim: tl.constexpr = GROUPS * GROUP
     tiles: tl.constexpr = CHUNK // TILE
+    segments = tl.cdiv(length, span)
     pid = tl.program_id(0)
     block = pid % blocks
-    group = (pid // blocks) % GROUPS
-    image = (pid // (blocks * GROUPS)).to(tl.int64)
+    segment = (pid // blocks) % segments
+    group = (pid // (blocks * segments)) % GROUPS
+    image = (pid // (blocks * segments * GROUPS)).to(tl.int64)
+    start = segment * span
+    stop = tl.minimum(start + span, length)
+    ends = (image * segments + segment) * (dim * STATES)
 
     n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
     within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
@@ -214,7 +226,7 @@ def _backward_kernel(
     place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
     rates = _load_rows(A + place, some, lanes, OWN)
     # gradients of the states, carried one step back
-    backs = _load_rows(None if end is None else end + image * (dim * STATES) + place, some, lanes, OWN)
+    backs = _load_rows(None if end is None else end + ends + place, some, lanes, OWN)
     sum_decays = _load_rows(None, some, lanes, OWN)
     B += (image * GROUPS + group) * padded * state_block
     C += (image * GROUPS + group) * padded * state_block
@@ -236,15 +248,16 @@ def _backward_kernel(
     width: tl.constexpr = 128 // B.dtype.element_ty.primitive_bitwidth
     part += tl.arange(0, SHARE)[:, None] * width + (column // width * (SHARE * width) + column % width)[None, :]
     part_c = blocks * part_size.to(tl.int64)
-    chunks = tl.cdiv(length, CHUNK)
+    states += image * tl.cdiv(length, CHUNK) * (dim * STATES) + place
 
-    for turn in range(0, chunks):
-        start = (chunks - 1 - turn) * CHUNK
-        kept = states + (image * chunks + (chunks - 1 - turn)) * (dim * STATES) + place
+    for turn in range(0, tl.cdiv(stop - start, CHUNK)):
+        number = tl.cdiv(stop, CHUNK) - 1 - turn
+        chunk_start = number * CHUNK
+        kept = states + number.to(tl.int64) * (dim * STATES)
         hs = _load_rows(kept, some, lanes, OWN)
         before = (hs,)  # every tile of the chunk
-        for number in tl.static_range(tiles - 1):
-            first = start + number * TILE
+        for earlier in tl.static_range(tiles - 1):
+            first = chunk_start + earlier * TILE
             mask = inside[:, None] & (first + t < length)[None, :]
             _, _, _, rows = _load_steps(
                 u + first, delta + first, shift, mask, CHANNELS, SHARE, TILE, WHOLE, SOFTPLUS, EXACT
@@ -258,7 +271,7 @@ def _backward_kernel(
                 hs = after
             before = before + (hs,)
         for turned in tl.static_range(tiles):
-            first = start + (tiles - 1 - turned) * TILE
+            first = chunk_start + (tiles - 1 - turned) * TILE
             mask = inside[:, None] & (first + t < length)[None, :]
             dy = tl.load(grad + first, mask=mask, other=0.0).to(tl.float32)
             if z is not None:
@@ -326,10 +339,105 @@ def _backward_kernel(
             tl.store(grad_delta + row + first, slope.to(grad_delta.dtype.element_ty), mask=mask)
             tl.store(parts + part + first * state_block, _sum_channels(of_b, SHARE, CHANNELS, TILE * OWN))
             tl.store(parts + part + part_c + first * state_block, _sum_channels(of_c, SHARE, CHANNELS, TILE * OWN))
-    tl.store(grad_A + image * (dim * STATES) + place, tile_of(sum_decays, 0, 1, OWN, lanes) * LN_2, mask=some)
-    d += image * dim
+    tl.store(grad_A + ends + place, tile_of(sum_decays, 0, 1, OWN, lanes) * LN_2, mask=some)
+    d += (image * segments + segment) * dim
     tl.store(sums + d, tl.sum(sum_skip, 1), mask=inside)
     tl.store(sums + sum_size + d, tl.sum(sum_shift, 1), mask=inside)
+
+
+@triton.jit
+def _summary_kernel(
+    u, delta, A, matrix, z, bias, carry, totals,
+    stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded, span,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    TURNED: tl.constexpr,
+):  # fmt: skip
+    """What a segment does to what enters it: adds `carry` to it, after a decay for the sum of step sizes in `totals`.
+
+    What is carried are states, driven by u and B, or if TURNED gradients of states, from the end of the segment to its
+    start, where `u` is the gradient of the output and `matrix` is C.
+    """
+    lanes: tl.constexpr = CHANNELS * SHARE
+    blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
+    dim: tl.constexpr = GROUPS * GROUP
+    segments = tl.cdiv(length, span)
+    pid = tl.program_id(0)
+    block = pid % blocks
+    segment = (pid // blocks) % segments
+    group = (pid // (blocks * segments)) % GROUPS
+    image = (pid // (blocks * segments * GROUPS)).to(tl.int64)
+    start = segment * span
+    stop = tl.minimum(start + span, length)
+    ends = (image * segments + segment) * (dim * STATES)
+
+    n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
+    within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
+    some = (n < STATES) & (within < GROUP)
+    place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
+    rates = _load_rows(A + place, some, lanes, OWN)
+    hs = _load_rows(None, some, lanes, OWN)
+    matrix += (image * GROUPS + group) * padded * (SHARE * OWN)
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < GROUP
+    d = (group * GROUP + channel).to(tl.int64)
+    shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
+    total = tl.zeros([CHANNELS, TILE], tl.float32)
+    t = tl.arange(0, TILE)
+    u += image * stride_ub + d[:, None] * stride_ud + t[None, :]
+    delta += image * stride_db + d[:, None] * stride_dd + t[None, :]
+
+    for turn in range(0, tl.cdiv(stop - start, TILE)):
+        first = (tl.cdiv(stop, TILE) - 1 - turn if TURNED else tl.cdiv(start, TILE) + turn) * TILE
+        mask = inside[:, None] & (first + t < length)[None, :]
+        value = tl.load(u + first, mask=mask, other=0.0).to(tl.float32)
+        step = tl.load(delta + first, mask=mask, other=0.0).to(tl.float32) * LOG2_E + shift[:, None]
+        if SOFTPLUS:
+            step = softplus_log2(step, EXACT)
+        if not WHOLE:
+            step = tl.where(mask, step, 0.0)
+        total += step
+        if TURNED:
+            if z is not None:
+                gate = tl.load(
+                    z + image * stride_zb + d[:, None] * stride_zd + (first + t)[None, :], mask=mask, other=0.0
+                ).to(tl.float32)
+                value *= gate / (1.0 + tl.exp2(-gate * LOG2_E))
+        else:
+            value *= step * LN_2
+        rows = _spread(step, value, SHARE, CHANNELS, TILE)
+        ms = _load_matrix(matrix + first * (SHARE * OWN), SHARE, OWN, CHANNELS, TILE)
+        for j in tl.static_range(TILE - 1 if TURNED else 0, -1 if TURNED else TILE, -1 if TURNED else 1):
+            after = ()
+            for r in tl.static_range(OWN):
+                decay = tl.exp2(rows[2 * j] * rates[r])
+                drive = rows[2 * j + 1] * ms[j * OWN + r].to(tl.float32)
+                after = after + (decay * (hs[r] + drive) if TURNED else decay * hs[r] + drive,)
+            hs = after
+    tl.store(carry + ends + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
+    tl.store(totals + (image * segments + segment) * dim + d, tl.sum(total, 1), mask=inside)
+
+
+@triton.jit
+def _carry_kernel(
+    carry, totals, A, outer, entering, segments, size,
+    DIM: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """What enters every segment, (images, segments, DIM, STATES), from what enters the first: `outer`, or nothing."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    image = i // (DIM * STATES)
+    place = i % (DIM * STATES)
+    rate = tl.load(A + place, mask=inside, other=0.0)
+    h = tl.zeros([BLOCK], tl.float32)
+    if outer is not None:
+        h += tl.load(outer + i, mask=inside, other=0.0)
+    for turn in range(0, segments):
+        segment = segments - 1 - turn if TURNED else turn
+        at = image * segments + segment
+        tl.store(entering + at * (DIM * STATES) + place, h, mask=inside)
+        total = tl.load(totals + at * DIM + place // STATES, mask=inside, other=0.0)
+        h = tl.exp2(total * rate) * h + tl.load(carry + at * (DIM * STATES) + place, mask=inside, other=0.0)
 
 
 def _chunk(states: int) -> int:
@@ -362,6 +470,7 @@ class _Cut(NamedTuple):
 
 _MANY_WARPS = 4096  # more than an H200 holds at a time
 _FEW_WARPS = 1024
+_SHORTEST_SEGMENT = 256  # steps
 
 
 def _forward_cut(batch: int, dim: int, states: int) -> _Cut:
@@ -399,10 +508,21 @@ class _Call:
         self.A, self.D, self.bias = _float32(A), _float32(D), _float32(delta_bias)
         self.B, self.C = self._blocked(B), self._blocked(C)
         self.softplus = delta_softplus
+        # a few long sequences are cut into segments, whose entering states are found first
+        warps = ceil_div(self.batch * self.dim * power_of_2(self.states), 32 * cut.own)
+        self.span = self.padded
+        if 0 < warps < _FEW_WARPS:
+            segments = min(_FEW_WARPS * 2 // warps, self.length // _SHORTEST_SEGMENT)
+            self.span = ceil_div(self.chunks, max(segments, 1)) * self.chunk
+        self.segments = ceil_div(self.padded, self.span)
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.batch * self.groups * self.segments * self.programs,)
 
     @property
     def programs(self) -> int:
-        """Per image and group."""
+        """Per image, group and segment."""
         return ceil_div(self.dim // self.groups, self.channels)
 
     def _blocked(self, matrix: Tensor) -> Tensor:
@@ -420,6 +540,26 @@ class _Call:
         width = 16 // self.B.element_size() // own
         matrix = matrix.view(self.batch, self.groups, self.padded // width, share, width, own).permute(0, 1, 3, 5, 2, 4)
         return matrix.reshape(self.batch, self.groups, own * share, self.padded)[:, :, : self.states, : self.length]
+
+    def entering(self, turned: bool, u: Tensor, matrix: Tensor, z: Tensor | None, outer: Tensor | None) -> Tensor:
+        """What enters every segment, (batch, segments, dim, N): states, or if `turned` their gradients."""
+        carry = u.new_empty(self.batch, self.segments, self.dim, self.states, dtype=torch.float32)
+        totals = u.new_empty(carry.shape[:3], dtype=torch.float32)
+        constants = self.constants() | dict(TILE=16)
+        launch(
+            _summary_kernel, self.grid,
+            u, self.delta, self.A, matrix, z, self.bias, carry, totals,
+            *_strides(u), *_strides(self.delta), *_strides(z), self.length, self.padded, self.span,
+            TURNED=turned, **constants,
+        )  # fmt: skip
+        entering = torch.empty_like(carry)
+        size = self.batch * self.dim * self.states
+        launch(
+            _carry_kernel, (ceil_div(size, 128),),
+            carry, totals, self.A, outer, entering, self.segments, size,
+            DIM=self.dim, STATES=self.states, BLOCK=128, TURNED=turned, num_warps=4,
+        )  # fmt: skip
+        return entering
 
     def strides(self) -> tuple[int, ...]:
         return *_strides(self.u), *_strides(self.delta), *_strides(self.z)
@@ -462,13 +602,13 @@ def forward(
     y = u.new_empty(u.shape)
     last = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)
     ungated, kept = empty_saved(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save) if save else (None, None)
-    grid = call.batch * call.groups * call.programs
-    if grid:
+    if u.numel():
+        begin = call.entering(False, call.u, call.B, None, None) if call.segments > 1 else None
         launch(
-            _forward_kernel, (grid,),
-            call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias,
+            _forward_kernel, call.grid,
+            call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias, begin,
             y, None if z is None else ungated, last, kept,
-            *call.strides(), call.length, call.padded,
+            *call.strides(), call.length, call.padded, call.span,
             CHUNK=call.chunk if save else 0, **call.constants(),
         )  # fmt: skip
     return (y, last, ungated, kept) if save else (y, last)
@@ -490,22 +630,24 @@ def backward(
     if z is not None:
         grads["z"] = z.new_empty(u.shape)
     parts = u.new_empty(2, call.programs, call.B.numel(), dtype=torch.float32)  # of B and of C, per program
-    by_image = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)
-    sums = u.new_empty(2, call.batch, call.dim, dtype=torch.float32)  # of D and of delta_bias
-    grid = call.batch * call.groups * call.programs
-    if grid:
+    by_segment = u.new_empty(call.batch, call.segments, call.dim, call.states, dtype=torch.float32)
+    sums = u.new_empty(2, call.batch, call.segments, call.dim, dtype=torch.float32)  # of D and of delta_bias
+    if u.numel():
+        if call.segments > 1:
+            end = call.entering(True, grad, call.C, call.z, end)
         launch(
-            _backward_kernel, (grid,),
+            _backward_kernel, call.grid,
             call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias,
             None if z is None else ungated, states, grad, end,
-            grads["u"], grads["delta"], grads.get("z"), parts, by_image, sums,
-            *call.strides(), *_strides(grad), call.length, call.padded, parts.stride(1), sums.stride(0),
+            grads["u"], grads["delta"], grads.get("z"), parts, by_segment, sums,
+            *call.strides(), *_strides(grad),
+            call.length, call.padded, call.span, parts.stride(1), sums.stride(0),
             CHUNK=call.chunk, **call.constants(),
         )  # fmt: skip
     grads["B"], grads["C"] = (call.unblocked(part) for part in parts.sum(1))
-    grads["A"] = by_image.sum(0)
+    grads["A"] = by_segment.sum((0, 1))
     if D is not None:
-        grads["D"] = sums[0].sum(0)
+        grads["D"] = sums[0].sum((0, 1))
     if delta_bias is not None:
-        grads["delta_bias"] = sums[1].sum(0)
+        grads["delta_bias"] = sums[1].sum((0, 1))
     return grads

@@ -13,6 +13,7 @@ from ops_support import (
     selective_scan_inputs,
 )
 
+from vision_ssm.kernels import selective_scan as kernels
 from vision_ssm.ops import select_backend, selective_scan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +52,40 @@ def test_twin(options):
 @pytest.mark.parametrize("states", [1, 3])
 def test_twin_in_half_precision(states, dtype):
     compare_with_twin("selective_scan", selective_scan_inputs(states=states), dtype)
+
+
+@pytest.mark.parametrize(
+    "forward, backward",
+    [
+        (kernels._Cut(own=2, tile=16, warps=1), kernels._Cut(own=2, tile=8, warps=4)),
+        (kernels._Cut(own=4, tile=32, warps=2), kernels._Cut(own=4, tile=8, warps=1)),
+    ],
+    ids=["2 states per lane", "4 states per lane"],
+)
+@pytest.mark.parametrize("states", [3, 16])
+def test_every_cut(monkeypatch, forward, backward, states):
+    """However states are shared among lanes, and steps among tiles."""
+    monkeypatch.setattr(kernels, "_forward_cut", lambda *_: forward)
+    monkeypatch.setattr(kernels, "_backward_cut", lambda *_: backward)
+    compare_with_twin("selective_scan", selective_scan_inputs(states=states, length=45, dim=6), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(states=1), dict(states=5), dict(states=2, groups=2, gate=False, dim=4), dict(states=2, softplus=False, bias=False)],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [64, 107])
+def test_segments(monkeypatch, length, options):
+    """A few long sequences are scanned in segments at once."""
+    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 32)
+    segments = []
+    entering = kernels._Call.entering
+    monkeypatch.setattr(
+        kernels._Call, "entering", lambda call, *args: segments.append(call.segments) or entering(call, *args)
+    )
+    compare_with_twin("selective_scan", selective_scan_inputs(length=length, **options), torch.float32)
+    assert len(segments) == 2 and min(segments) > 1  # forward and backward
 
 
 @pytest.mark.parametrize("scale", [dict(delta=1e4), dict(delta=-1e4), dict(u=1e15)], ids=str)
