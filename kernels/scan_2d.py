@@ -186,7 +186,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
+    x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
     grad_x, grad_delta, parts, sums, grad_weight,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
@@ -242,8 +242,6 @@ def _backward_kernel(
     parts += (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width
 
     back = tl.zeros([CHANNELS], tl.float32)  # gradient of the state, carried one step back
-    if end is not None:
-        back = tl.load(end + walk * DIM + d, mask=mask, other=0.0)
     sum_decay = tl.zeros([CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
@@ -372,7 +370,7 @@ TILE = 16  # steps
 _BACKWARD_REGISTERS = 168  # 12 warps per multiprocessor
 
 
-def tiles_per_state(states: int) -> int:
+def _tiles_per_state(states: int) -> int:
     """Tiles between the states that forward keeps: all of them are small beside the map."""
     return 1 if states == 1 else 4
 
@@ -383,7 +381,7 @@ def _work(x: Tensor, delta: Tensor, A: Tensor, read: Tensor, dt_weight: Tensor |
     states = A.shape[2]
     rank = 0 if dt_weight is None else delta.shape[3]
     sizes = (*x.shape[:2], routes, total // steps, steps, x.shape[-1], states, rank)
-    return _Work(*sizes, keep=tiles_per_state(states))
+    return _Work(*sizes, keep=_tiles_per_state(states))
 
 
 def _step_dtype(x: Tensor) -> torch.dtype:
@@ -400,7 +398,7 @@ def _route_strides(x: Tensor) -> tuple[int, int, int]:
     return (*x.stride()[:2], x.stride(2) if x.dim() == 4 else 0)
 
 
-class Call:
+class _Call:
     """Inputs of a call as the kernels take them."""
 
     def __init__(
@@ -473,7 +471,7 @@ def _forward_channels(work: _Work) -> int:
     return 64 if work.states == 1 and work.dim % 64 == 0 else 32
 
 
-def _scan(call: Call, states: Tensor | None) -> Tensor:
+def _scan(call: _Call, states: Tensor | None) -> Tensor:
     """Outputs of every step, (B, rows, D); fills `states`."""
     work = call.work
     y = call.x.new_empty(work.images, work.rows, work.dim, dtype=_step_dtype(call.x))
@@ -528,7 +526,7 @@ def forward(
     norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `vision_ssm.ops.scan_2d`. Returns the output and, if `save`, what `empty_saved` allocates."""
-    call = Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
+    call = _Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
     saved: tuple[Tensor, ...] = ()
     if save:
         saved = empty_saved(
@@ -558,7 +556,7 @@ def backward(
     norm_eps: float, delta_softplus: bool, segment: int | None, merged: bool, save: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Gradients of all floating-point inputs that are given, by name."""
-    call = Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
+    call = _Call(x, delta, A, B, C, D, read, write, dt_weight, dt_bias, delta_softplus, segment)
     if not save:  # forward kept nothing
         inputs = (x, delta, A, B, C, D, read, write, dt_weight, dt_bias, norm_weight, norm_bias, norm_eps)
         _, total, statistics, states = forward(*inputs, delta_softplus, segment, merged, True)
@@ -571,17 +569,16 @@ def backward(
             rows, total.view_as(rows), statistics.view(-1, 2), norm_weight, out_dtype=_step_dtype(x)
         )
         grad = flat.view_as(grad)
-    return grads | scan_backward(call, _rows_contiguous(grad), states)
+    return grads | _scan_backward(call, _rows_contiguous(grad), states)
 
 
-def scan_backward(call: Call, grad: Tensor, states: Tensor, end: Tensor | None = None) -> dict[str, Tensor]:
+def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tensor]:
     """Gradients of the inputs of a call.
 
     Args:
         call: the inputs.
         grad: (B, L, D) or (B, L, K, D), of the output before a norm, contiguous in channels.
         states: what forward kept.
-        end: (B, K * segments, N, D) float32, of the last states; None: zeros.
     """
     work, x, dtype = call.work, call.x, _step_dtype(call.x)
     call.wide |= grad.stride(1) * work.length > _INT32_LIMIT
@@ -597,7 +594,7 @@ def scan_backward(call: Call, grad: Tensor, states: Tensor, end: Tensor | None =
     grid = work.images * lines * blocks
     inputs = (
         x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, call.write.kept,
-        states, grad, end, grad_x, grad_delta, parts, sums, grad_weight,
+        states, grad, grad_x, grad_delta, parts, sums, grad_weight,
     )  # fmt: skip
     strides = (*call.strides(), *_route_strides(grad))
     if work.states > 1:

@@ -49,7 +49,7 @@ def _interleaved(a, b, low: tl.constexpr):
 # would otherwise spread the states over lanes to load several channels at once.
 @triton.jit(do_not_specialize=["stride_n", "sum_size", "scratch_size"])
 def _backward_kernel(
-    x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
+    x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
     grad_x, grad_delta, parts, sums, grad_weight, scratch,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
@@ -115,8 +115,6 @@ def _backward_kernel(
     states_of += n[:, None] * CHANNELS + lane[None, :]  # [chunk / SUB, STATE_BLOCK, CHANNELS]
 
     back = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)  # gradient of the state, carried one step back
-    if end is not None:
-        back = tl.load(end + walk * STATES * DIM + d[None, :] + n[:, None] * stride_n, mask=kept, other=0.0)
     sum_decay = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
@@ -268,7 +266,7 @@ def _backward_kernel(
 def launch_backward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, positions: Tensor, written: Tensor, states: Tensor, grad: Tensor,
-    end: Tensor | None, grad_x: Tensor, grad_delta: Tensor | None, parts: Tensor, sums: Tensor,
+    grad_x: Tensor, grad_delta: Tensor | None, parts: Tensor, sums: Tensor,
     grad_weight: Tensor | None,
     strides: tuple[int, ...], steps: int, tile: int, keep: int, softplus: bool, wide: bool,
 ) -> None:  # fmt: skip
@@ -279,7 +277,6 @@ def launch_backward(
         positions, written: (K, S, padded) int32, where steps read and write; `written` is -1 behind the end.
         states: (B, K*S, chunks, N, D) float32, the state before every `keep` tiles.
         grad: gradient of the output, (B, L, D) or (B, L, K, D).
-        end: gradient of the last states, (B, K*S, N, D) float32; None: zeros.
         grad_x: receives the gradient of x by step, (B, K*S*padded, D).
         grad_delta: likewise of delta, where it is given whole.
         parts: (D / 32 rounded up, B, K*S*padded, R + 2N) float32, receives those of low-rank delta, B and C.
@@ -304,7 +301,7 @@ def launch_backward(
     scratch = states.new_empty(programs * scratch_size)
     launch(
         _backward_kernel, (programs,),
-        x, delta, A.transpose(1, 2).contiguous(), B, C, D, weight, bias, positions, written, states, grad, end,
+        x, delta, A.transpose(1, 2).contiguous(), B, C, D, weight, bias, positions, written, states, grad,
         grad_x, grad_delta, parts, sums, grad_weight, scratch,
         *strides, dim, padded, parts.stride(0), sums.stride(0), scratch_size,
         ROUTES=routes, SEGMENTS=segments, DIM=dim, STATES=count, STATE_BLOCK=state_block,

@@ -21,6 +21,7 @@ from .launch import launch
 from .sizes import ceil_div, power_of_2
 from .tiles import LN_2, LOG2_E, pinned, rows_of, softplus_log2, softplus_slope, tile_of
 
+
 @triton.jit
 def _spread(step, drive, SHARE: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr):
     """Two tiles [CHANNELS, TILE] -> tuple of their rows [CHANNELS * SHARE] in turns, the same for a channel's lanes."""

@@ -22,12 +22,13 @@ from ops_support import (
     pack_projections,
     run,
     scan_2d_inputs,
+    selective_scan_inputs,
     unpacked,
 )
 
 import vision_ssm
 from vision_ssm import kernels
-from vision_ssm.ops import depthwise_conv, layer_norm, scan_2d, select_backend
+from vision_ssm.ops import depthwise_conv, layer_norm, scan_2d, select_backend, selective_scan
 from vision_ssm.ops.torch_depthwise_conv import depthwise_conv_reference
 from vision_ssm.ops.torch_layer_norm import layer_norm_reference
 
@@ -48,7 +49,7 @@ def _kernels_on_fresh_inputs(monkeypatch):
     monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for op in ("scan_2d", "layer_norm", "depthwise_conv"):
+    for op in ("scan_2d", "selective_scan", "layer_norm", "depthwise_conv"):
         assert select_backend(torch.zeros(1, device="cuda"), op) == ("triton", "")
     fresh_seed()
     yield
@@ -101,6 +102,41 @@ STAGES = {
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_of_a_model(stage, dtype):
     compare_with_chunked(pack_projections(inputs_of(norm=True, **STAGES[stage])), dtype)
+
+
+@pytest.mark.parametrize("dim", [7, 24, 48, 64, 200])
+def test_rows_of_any_width_are_merged(dim):
+    """Positions are visited by different numbers of routes, so that every sum looks up where its rows begin."""
+    inputs = inputs_of(size=(5, 7), dim=dim, rank=2, norm=True)
+    inputs["read"] = inputs["read"].clamp(max=20)
+    compare_with_chunked(inputs, torch.bfloat16)
+
+
+# How states are shared among lanes depends on the number of channels in all; short batches are cut into segments.
+SEQUENCES = {
+    "many, gated": dict(batch=24, dim=768, length=70, states=16),
+    "some, gated": dict(batch=4, dim=384, length=197, states=16),
+    "few": dict(batch=1, dim=96, length=2100, states=16, gate=False),
+    "one state": dict(batch=16, dim=384, length=320, states=1, gate=False),
+    "few of one state, groups": dict(batch=1, dim=96, length=1111, states=1, groups=3),
+    "64 states": dict(batch=2, dim=20, length=100, states=64, last_state=False),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("options", SEQUENCES.values(), ids=SEQUENCES)
+def test_sequences(options, dtype):
+    inputs = on_gpu(selective_scan_inputs(**options))
+    compare("selective_scan", selective_scan, selective_scan, inputs, dtype)
+
+
+@pytest.mark.parametrize("options", [SEQUENCES["some, gated"], SEQUENCES["few"]], ids=["whole", "segments"])
+def test_sequences_again_and_compiled(options):
+    inputs = cast(on_gpu(selective_scan_inputs(**options)), torch.bfloat16)
+    first = run(selective_scan, inputs)
+    for _ in range(3):
+        assert_equal(run(selective_scan, inputs), first)
+    assert_equal(run(torch.compile(selective_scan, fullgraph=True), inputs), first)
 
 
 # Maps of odd sizes; what a route covers differs from call to call, what Triton compiles for does not.

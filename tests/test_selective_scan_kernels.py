@@ -12,8 +12,8 @@ from ops_support import (
     run,
     selective_scan_inputs,
 )
-
 from vision_ssm.kernels import selective_scan as kernels
+
 from vision_ssm.ops import select_backend, selective_scan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +72,12 @@ def test_every_cut(monkeypatch, forward, backward, states):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(states=1), dict(states=5), dict(states=2, groups=2, gate=False, dim=4), dict(states=2, softplus=False, bias=False)],
+    [
+        dict(states=1),
+        dict(states=5),
+        dict(states=2, groups=2, gate=False, dim=4),
+        dict(states=2, softplus=False, bias=False),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("length", [64, 107])

@@ -111,8 +111,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--graph needs a CUDA device; add --device cuda")
     if arguments.command == "sweep" and not _are_cases(arguments.names) and set(arguments.names) & set(CASES):
         parser.error("operators and models do not share a sweep: their times mean different things")
-    if arguments.graph and getattr(arguments, "train", False) and not _are_cases(arguments.names):
-        parser.error("--graph is for inference of models; leave out --train")
     return arguments
 
 

@@ -58,7 +58,7 @@ class ModelSettings:
         warmup: steps before.
         channels_last: give images and weights that memory format.
         compile: run the models through `torch.compile`.
-        graph: replay a CUDA graph of the inference.
+        graph: replay a CUDA graph of the step.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -207,8 +207,6 @@ def benchmark_models(names: Sequence[str], settings: ModelSettings, *, check: bo
     device = settings.device
     if settings.graph and device.type != "cuda":
         raise BenchmarkError(f"CUDA graphs need a CUDA device, not {device}")
-    if settings.graph and settings.train:
-        raise BenchmarkError("CUDA graphs are for inference; time training steps without")
     if settings.compile:
         torch.compiler.reset()  # or graphs of other sizes would make sizes symbolic
     contenders = {name: _Contender(Measurement(name, settings.size, settings.batch)) for name in dict.fromkeys(names)}
@@ -256,7 +254,9 @@ def _prepare(contender: _Contender, settings: ModelSettings, check: bool) -> boo
         row.backend, row.reason = describe_backends(used_backends(one))
         model.train(settings.train)
         runner: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False) if settings.compile else model
-        make: Callable[..., Callable[[], Any]] = partial(_training, model) if settings.train else _inference
+        make: Callable[..., Callable[[], Any]] = (
+            partial(_training, model, recorded=settings.graph) if settings.train else _inference
+        )
         step = make(runner, images, settings.amp)
         for _ in range(settings.warmup):
             step()
@@ -264,6 +264,8 @@ def _prepare(contender: _Contender, settings: ModelSettings, check: bool) -> boo
         row.peak_memory = peak_memory(step, device, before)
         if settings.graph:
             step = GraphedStep(step, device)
+        if settings.train and settings.graph and not step().isfinite():
+            raise BenchmarkError(f"{row.name} is not timed: its loss is not finite in a recorded training step")
         if not settings.train and (settings.graph or settings.compile):
             wanted = plain().clone()
             error = _distance(step(), wanted)
@@ -282,16 +284,18 @@ def _inference(model: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dty
 
 
 def _training(
-    model: nn.Module, runner: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dtype | None
-) -> Callable[[], None]:
+    model: nn.Module, runner: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dtype | None, recorded: bool
+) -> Callable[[], Tensor]:
+    """`recorded`: the step is to become a CUDA graph."""
     labels = torch.randint(0, model.num_classes, images.shape[:1], device=images.device)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda, capturable=recorded)
 
-    def update() -> None:
+    def update() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
             loss = F.cross_entropy(runner(images), labels)
         loss.backward()
         optimizer.step()
+        return loss.detach()
 
     return update
