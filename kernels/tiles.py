@@ -100,6 +100,15 @@ def precise_dot(a, b, acc):
 
 
 @triton.jit
+def prefetch(pointers):
+    """Ask for the cache lines of `pointers`, of any shape; nothing waits for them."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def pinned(x):
     """`x` of float32, computed in one place.
 
@@ -110,12 +119,3 @@ def pinned(x):
         return x
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
-
-
-@triton.jit
-def prefetch(pointers):
-    """Ask for the cache lines of `pointers`, of any shape; nothing waits for them."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32, is_pure=False, pack=1
-        )
