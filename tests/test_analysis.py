@@ -121,6 +121,14 @@ def test_settings_that_do_not_go_together():
         benchmark_models(["vmamba_micro"], ModelSettings(graph=True))
 
 
+def test_models_are_compared_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    model, seen = vision_ssm.create_model("vmamba_micro"), []
+    model.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    check_model("vmamba_micro", model, torch.device("cpu"))
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+
+
 def test_backend_is_that_of_a_real_call(monkeypatch):
     images = torch.zeros(1, 3, 64, 64)
     ours, theirs = vision_ssm.create_model("vmamba_micro"), build_model("timm:test_resnet")

@@ -24,6 +24,7 @@ from .timing import (
     RecordingError,
     allocated,
     describe_backends,
+    exact_float32,
     first_line,
     fits_in_memory,
     on_device,
@@ -140,11 +141,12 @@ def check_model(
         return
     twin = copy.deepcopy(model).float().eval()
     image = torch.randn(1, model.in_chans, *_CHECK_SIZE, device=device)
-    logits, have = _logits_and_gradients(twin, image, gradients)
-    half = None if amp is None else _inference(twin, image, amp)()
-    with use_backend("reference"):
-        exact_logits, want = _logits_and_gradients(twin, image, gradients)
-        exact_half = None if amp is None else _inference(twin, image, amp)()
+    with exact_float32():
+        logits, have = _logits_and_gradients(twin, image, gradients)
+        half = None if amp is None else _inference(twin, image, amp)()
+        with use_backend("reference"):
+            exact_logits, want = _logits_and_gradients(twin, image, gradients)
+            exact_half = None if amp is None else _inference(twin, image, amp)()
     _demand(name, "logits are", _distance(logits, exact_logits), _TOLERANCE)
     # what is small beside all other gradients is rounding of them
     floor = 1e-6 * max((gradient.norm() for gradient in want.values()), default=torch.zeros(()))

@@ -113,6 +113,18 @@ def use_backend(name: str) -> Iterator[None]:
             os.environ[ENVIRONMENT_VARIABLE] = before
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32: a comparison in float32 would otherwise see the 10 bits of a convolution on one of its sides."""
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
+
+
 class _OperatorLog(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
