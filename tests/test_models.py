@@ -8,6 +8,7 @@ from timm.optim import param_groups_layer_decay
 
 import vision_ssm
 from vision_ssm.factory import families, find_family
+from vision_ssm.ops import chunked_scan_2d
 from vision_ssm.registry import BACKBONES
 
 MICRO = vision_ssm.list_models("*_micro")
@@ -153,6 +154,22 @@ def test_compiles_to_one_graph(name):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_compiled_model_plans_its_routes_once(monkeypatch):
+    """A plan waits for the device, so a compiled model must find those of earlier calls, its own and eager ones."""
+    plans = []
+    make = chunked_scan_2d._Plan.__init__
+    monkeypatch.setattr(chunked_scan_2d._Plan, "__init__", lambda plan, *args: plans.append(args) or make(plan, *args))
+    model = vision_ssm.create_model("vmamba_micro").eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = [torch.randn(1, 3, *size) for size in ((64, 64), (64, 96), (64, 64))]  # sizes become symbolic in between
+    with torch.no_grad():
+        wanted = [model(x) for x in images]
+        made = len(plans)
+        for x, y in zip(images, wanted):
+            torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-6)
+    assert 0 < made == len(plans)
 
 
 @pytest.mark.parametrize("name", MICRO)

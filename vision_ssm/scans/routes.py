@@ -75,8 +75,15 @@ class Routes:
         Raises:
             ValueError: the grid has no cell.
         """
-        if torch.compiler.is_compiling():  # a traced graph must own its tables: sizes may be symbolic
-            return self.make_tables(height, width, device)
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting():  # an exported graph must own its tables: sizes may be symbolic
+                return self.make_tables(height, width, device)
+            # a compiled one finds the tables of eager calls, and with them what is planned for them; `range` makes
+            # numbers of symbolic sizes, so that every size has a graph of its own
+            return _constant_tables(self, len(range(height)), len(range(width)), str(device))
+        return self._remembered(height, width, device)
+
+    def _remembered(self, height: int, width: int, device: torch.device | str) -> list[RouteTable]:
         if height < 1 or width < 1:
             raise ValueError(f"a route needs a grid of at least 1 x 1 cells, got {height} x {width}")
         key = (height, width, str(device))
@@ -248,6 +255,11 @@ class Compose(Routes):
             raise ValueError(f"a cascade cannot run beside other routes: {self}")
         self.orders(height, width, device)  # checks the lengths
         return [RouteTable(torch.cat([t[0].read for t in made]), torch.cat([t[0].write for t in made]))]
+
+
+@torch._dynamo.assume_constant_result
+def _constant_tables(routes: Routes, height: int, width: int, device: str) -> list[RouteTable]:
+    return routes._remembered(height, width, device)
 
 
 def _positive(name: str, value: int) -> int:
