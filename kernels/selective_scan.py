@@ -119,6 +119,33 @@ def _load_rows(pointers, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _task(segments, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
+    """Block of channels, group, image and segment of a program."""
+    pid = tl.program_id(0)
+    image = (pid // (BLOCKS * segments * GROUPS)).to(tl.int64)
+    return pid % BLOCKS, (pid // (BLOCKS * segments)) % GROUPS, image, (pid // BLOCKS) % segments
+
+
+@triton.jit
+def _states_of(
+    block, group, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Places in (dim, N) of the states that lanes own, [CHANNELS * SHARE, OWN], and which of them exist."""
+    lane = tl.arange(0, CHANNELS * SHARE)
+    n = (lane % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
+    within = (block * CHANNELS + lane // SHARE)[:, None]
+    return (group * GROUP + within) * STATES + n, (n < STATES) & (within < GROUP)
+
+
+@triton.jit
+def _channels_of(block, group, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
+    """Channels of a program, [CHANNELS], and which of them exist."""
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
+    return (group * GROUP + channel).to(tl.int64), channel < GROUP
+
+
+@triton.jit
 def _forward_kernel(
     u, delta, A, B, C, D, z, bias, begin, y, ungated, last, states,
     stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded, span,
@@ -127,23 +154,15 @@ def _forward_kernel(
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     lanes: tl.constexpr = CHANNELS * SHARE
-    blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
     dim: tl.constexpr = GROUPS * GROUP
     segments = tl.cdiv(length, span)
-    pid = tl.program_id(0)
-    block = pid % blocks
-    segment = (pid // blocks) % segments
-    group = (pid // (blocks * segments)) % GROUPS
-    image = (pid // (blocks * segments * GROUPS)).to(tl.int64)
+    block, group, image, segment = _task(segments, (GROUP + CHANNELS - 1) // CHANNELS, GROUPS)
     start = segment * span
     stop = tl.minimum(start + span, length)
     ends = (image * segments + segment) * (dim * STATES)
 
     # a lane has OWN states of a channel
-    n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
-    within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
-    some = (n < STATES) & (within < GROUP)
-    place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
+    place, some = _states_of(block, group, GROUP, STATES, SHARE, OWN, CHANNELS)
     rates = _load_rows(A + place, some, lanes, OWN)
     hs = _load_rows(None if begin is None else begin + ends + place, some, lanes, OWN)
     B += (image * GROUPS + group) * padded * (SHARE * OWN)
@@ -151,9 +170,7 @@ def _forward_kernel(
     if CHUNK > 0:
         states += (image * tl.cdiv(length, CHUNK) + start // CHUNK) * (dim * STATES) + place
     # a lane has a channel and some steps
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < GROUP
-    d = (group * GROUP + channel).to(tl.int64)
+    d, inside = _channels_of(block, group, GROUP, CHANNELS)
     skip = tl.zeros([CHANNELS], tl.float32) if D is None else tl.load(D + d, mask=inside, other=0.0)
     shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
     t = tl.arange(0, TILE)
@@ -212,28 +229,19 @@ def _backward_kernel(
     dim: tl.constexpr = GROUPS * GROUP
     tiles: tl.constexpr = CHUNK // TILE
     segments = tl.cdiv(length, span)
-    pid = tl.program_id(0)
-    block = pid % blocks
-    segment = (pid // blocks) % segments
-    group = (pid // (blocks * segments)) % GROUPS
-    image = (pid // (blocks * segments * GROUPS)).to(tl.int64)
+    block, group, image, segment = _task(segments, blocks, GROUPS)
     start = segment * span
     stop = tl.minimum(start + span, length)
     ends = (image * segments + segment) * (dim * STATES)
 
-    n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
-    within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
-    some = (n < STATES) & (within < GROUP)
-    place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
+    place, some = _states_of(block, group, GROUP, STATES, SHARE, OWN, CHANNELS)
     rates = _load_rows(A + place, some, lanes, OWN)
     # gradients of the states, carried one step back
     backs = _load_rows(None if end is None else end + ends + place, some, lanes, OWN)
     sum_decays = _load_rows(None, some, lanes, OWN)
     B += (image * GROUPS + group) * padded * state_block
     C += (image * GROUPS + group) * padded * state_block
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < GROUP
-    d = (group * GROUP + channel).to(tl.int64)
+    d, inside = _channels_of(block, group, GROUP, CHANNELS)
     skip = tl.zeros([CHANNELS], tl.float32) if D is None else tl.load(D + d, mask=inside, other=0.0)
     shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
     sum_skip = tl.zeros([CHANNELS, TILE], tl.float32)
@@ -360,28 +368,18 @@ def _summary_kernel(
     start, where `u` is the gradient of the output and `matrix` is C.
     """
     lanes: tl.constexpr = CHANNELS * SHARE
-    blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
     dim: tl.constexpr = GROUPS * GROUP
     segments = tl.cdiv(length, span)
-    pid = tl.program_id(0)
-    block = pid % blocks
-    segment = (pid // blocks) % segments
-    group = (pid // (blocks * segments)) % GROUPS
-    image = (pid // (blocks * segments * GROUPS)).to(tl.int64)
+    block, group, image, segment = _task(segments, (GROUP + CHANNELS - 1) // CHANNELS, GROUPS)
     start = segment * span
     stop = tl.minimum(start + span, length)
     ends = (image * segments + segment) * (dim * STATES)
 
-    n = (tl.arange(0, lanes) % SHARE * OWN)[:, None] + tl.arange(0, OWN)[None, :]
-    within = (block * CHANNELS + tl.arange(0, lanes) // SHARE)[:, None]
-    some = (n < STATES) & (within < GROUP)
-    place = (group * GROUP + within) * STATES + n  # [lanes, OWN]
+    place, some = _states_of(block, group, GROUP, STATES, SHARE, OWN, CHANNELS)
     rates = _load_rows(A + place, some, lanes, OWN)
     hs = _load_rows(None, some, lanes, OWN)
     matrix += (image * GROUPS + group) * padded * (SHARE * OWN)
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < GROUP
-    d = (group * GROUP + channel).to(tl.int64)
+    d, inside = _channels_of(block, group, GROUP, CHANNELS)
     shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
     total = tl.zeros([CHANNELS, TILE], tl.float32)
     t = tl.arange(0, TILE)
