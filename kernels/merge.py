@@ -7,6 +7,7 @@ from torch import Tensor
 from .launch import launch
 from .route_plan import Bags
 from .sizes import ceil_div, power_of_2
+from .tiles import rounded
 
 _UNROLLED = 16  # rows per target up to which the loop over them is unrolled
 
@@ -42,7 +43,7 @@ def _merge_kernel(
     place = (image * targets + t) * DIM + d[None, :]
     if weight is not None:
         if total is not None:
-            stored = y.to(total.dtype.element_ty)
+            stored = rounded(y, total.dtype.element_ty)
             tl.store(total + place, stored, mask=inside)
             y = stored.to(tl.float32)  # backward sees the same sum
         mean = tl.sum(y, 1)[:, None] / DIM
@@ -55,7 +56,7 @@ def _merge_kernel(
         y = centred * scale * gain[None, :]
         if bias is not None:
             y += tl.load(bias + d, mask=d < DIM, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + place, rounded(y, out.dtype.element_ty), mask=inside)
 
 
 def merge(
@@ -122,11 +123,11 @@ def _projections_kernel(
     row = image * targets + t
     if RANK > 0:
         of_rank = inside & (c < RANK)[None, :]
-        tl.store(low_rank + row * RANK + c[None, :], sums.to(low_rank.dtype.element_ty), mask=of_rank)
+        tl.store(low_rank + row * RANK + c[None, :], rounded(sums, low_rank.dtype.element_ty), mask=of_rank)
     of_b = inside & (c >= RANK)[None, :] & (c < RANK + STATES)[None, :]
-    tl.store(B + row * STATES + (c - RANK)[None, :], sums.to(B.dtype.element_ty), mask=of_b)
+    tl.store(B + row * STATES + (c - RANK)[None, :], rounded(sums, B.dtype.element_ty), mask=of_b)
     of_c = inside & (c >= RANK + STATES)[None, :]
-    tl.store(C + row * STATES + (c - RANK - STATES)[None, :], sums.to(C.dtype.element_ty), mask=of_c)
+    tl.store(C + row * STATES + (c - RANK - STATES)[None, :], rounded(sums, C.dtype.element_ty), mask=of_c)
 
 
 def merge_projections(parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Tensor, C: Tensor) -> None:

@@ -26,6 +26,7 @@ from .tiles import (
     dot,
     precise_dot,
     prefetch,
+    rounded,
     rows_of,
     softplus_log2,
     softplus_slope,
@@ -180,7 +181,7 @@ def _forward_kernel(
                 h = tl.exp2(step[None, :] * decay_rate) * h + (step * value)[None, :] * b[:, None]
                 out = tl.sum(h * c[:, None], 0)
             out += skip * value
-            tl.store(y + j * DIM, out.to(y.dtype.element_ty), mask=mask)
+            tl.store(y + j * DIM, rounded(out, y.dtype.element_ty), mask=mask)
         y += TILE * DIM
 
 
@@ -316,9 +317,10 @@ def _backward_kernel(
                 slope *= softplus_slope(vs[j] + shift, steps[j], EXACT)
             if TAIL:
                 slope = tl.where(sources[j] >= 0, slope, 0.0)
-            tl.store(grad_x + j * DIM, (g * (b * LN_2) * steps[j] + skip * dy).to(grad_x.dtype.element_ty), mask=mask)
+            dx = g * (b * LN_2) * steps[j] + skip * dy
+            tl.store(grad_x + j * DIM, rounded(dx, grad_x.dtype.element_ty), mask=mask)
             if RANK == 0:
-                tl.store(grad_delta + j * DIM, slope.to(grad_delta.dtype.element_ty), mask=mask)
+                tl.store(grad_delta + j * DIM, rounded(slope, grad_delta.dtype.element_ty), mask=mask)
             sum_decay += exponent * steps[j]
             sum_skip += dy * value
             sum_shift += slope

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rows_of, softplus_log2, softplus_slope
+from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rounded, rows_of, softplus_log2, softplus_slope
 
 _CHANNELS = 32
 _REGISTERS = 168  # 12 warps per multiprocessor
@@ -234,11 +234,11 @@ def _backward_kernel(
                     sum_skip += dys[j] * values[j]
                     sum_shift += slope
                     dx = along * (steps[j] * LN_2) + skip * dys[j]
-                    tl.store(out_x + j * DIM, dx.to(grad_x.dtype.element_ty), mask=mask)
+                    tl.store(out_x + j * DIM, rounded(dx, grad_x.dtype.element_ty), mask=mask)
                     if RANK > 0:
                         tl.store(kept_steps + j * CHANNELS, slope)
                     else:
-                        tl.store(out_delta + j * DIM, slope.to(grad_delta.dtype.element_ty), mask=mask)
+                        tl.store(out_delta + j * DIM, rounded(slope, grad_delta.dtype.element_ty), mask=mask)
                 tl.store(part + row * width, columns, mask=part_mask)
             if RANK > 0:
                 tl.debug_barrier()

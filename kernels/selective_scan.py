@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import LN_2, LOG2_E, pinned, rows_of, softplus_log2, softplus_slope, tile_of
+from .tiles import LN_2, LOG2_E, pinned, rounded, rows_of, softplus_log2, softplus_slope, tile_of
 
 
 @triton.jit
@@ -206,9 +206,9 @@ def _forward_kernel(
         out = _sum_share(outs, SHARE, CHANNELS, TILE) + skip[:, None] * value
         if z is not None:
             if ungated is not None:
-                tl.store(ungated + row + first, out.to(ungated.dtype.element_ty), mask=mask)
+                tl.store(ungated + row + first, rounded(out, ungated.dtype.element_ty), mask=mask)
             out *= gate / (1.0 + tl.exp2(-gate * LOG2_E))
-        tl.store(y + row + first, out.to(y.dtype.element_ty), mask=mask)
+        tl.store(y + row + first, rounded(out, y.dtype.element_ty), mask=mask)
     if segment == segments - 1:
         tl.store(last + image * (dim * STATES) + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
 
@@ -290,7 +290,7 @@ def _backward_kernel(
                 out = tl.load(ungated + row + first, mask=mask, other=0.0).to(tl.float32)
                 sigmoid = 1.0 / (1.0 + tl.exp2(-gate * LOG2_E))
                 dz = dy * out * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-                tl.store(grad_z + row + first, dz.to(grad_z.dtype.element_ty), mask=mask)
+                tl.store(grad_z + row + first, rounded(dz, grad_z.dtype.element_ty), mask=mask)
                 dy *= gate * sigmoid
             value, v, step, rows = _load_steps(
                 u + first, delta + first, shift, mask, CHANNELS, SHARE, TILE, WHOLE, SOFTPLUS, EXACT
@@ -344,8 +344,8 @@ def _backward_kernel(
             sum_skip += dy * value
             sum_shift += slope
             dx = along * (step * LN_2) + skip[:, None] * dy
-            tl.store(grad_u + row + first, dx.to(grad_u.dtype.element_ty), mask=mask)
-            tl.store(grad_delta + row + first, slope.to(grad_delta.dtype.element_ty), mask=mask)
+            tl.store(grad_u + row + first, rounded(dx, grad_u.dtype.element_ty), mask=mask)
+            tl.store(grad_delta + row + first, rounded(slope, grad_delta.dtype.element_ty), mask=mask)
             tl.store(parts + part + first * state_block, _sum_channels(of_b, SHARE, CHANNELS, TILE * OWN))
             tl.store(parts + part + part_c + first * state_block, _sum_channels(of_c, SHARE, CHANNELS, TILE * OWN))
     tl.store(grad_A + ends + place, tile_of(sum_decays, 0, 1, OWN, lanes) * LN_2, mask=some)

@@ -119,3 +119,12 @@ def pinned(x):
         return x
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [x], tl.float32, is_pure=False, pack=1)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """`x` of float32 in `dtype`, rounded to nearest; the interpreter's own cast to bfloat16 would cut it off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
