@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .launch import launch
 from .sizes import ceil_div, power_of_2
+from .sums import sum_parts
 
 _WARPS = 4
 _TILE = _WARPS * 32 * 4  # numbers of one tile: more per lane, and half-precision loads would ask for another layout
@@ -331,8 +332,8 @@ def _launch_backward(
         PARTS=tiling.parts,
         num_warps=_WARPS,
     )
-    # One sum of both would give two views of one storage, which operators may not return.
-    return partials[0].sum(0), partials[1].sum(0)
+    _, grad_weight, grad_bias, _ = sum_parts(partials.view(2, programs, 1, 1, channels))
+    return grad_weight.view(channels), grad_bias.view(channels)
 
 
 def backward(

@@ -96,10 +96,12 @@ def merge(
 
 @triton.jit
 def _projections_kernel(
-    parts, rows, offsets, low_rank, B, C, targets, step_rows, blocks, part_size, count,
+    parts, rows, offsets, low_rank, B, C, steps_of_rank, targets, step_rows, blocks, part_size, count,
+    stride_r, stride_b, stride_c, images, padded,
     RANK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
 ):  # fmt: skip
-    width: tl.constexpr = RANK + 2 * STATES
+    ahead: tl.constexpr = RANK if steps_of_rank is None else 0  # columns of low-rank step sizes in `parts`
+    width: tl.constexpr = ahead + 2 * STATES
     groups = tl.cdiv(targets, TARGETS)
     image = (tl.program_id(0) // groups).to(tl.int64)
     t = ((tl.program_id(0) % groups) * TARGETS + tl.arange(0, TARGETS))[:, None]
@@ -112,7 +114,9 @@ def _projections_kernel(
         end = tl.load(offsets + t + 1, mask=t < targets, other=0)
     parts += image * step_rows * width
     inside = (t < targets) & (c < width)[None, :]
+    of_rank = (t < targets) & (c < RANK)[None, :]
     sums = tl.zeros([TARGETS, BLOCK], tl.float32)
+    rank_sums = tl.zeros([TARGETS, BLOCK], tl.float32)
     for j in range(count):
         used = (t < targets) & (start + j < end)
         row = tl.load(rows + start + j, mask=used, other=0).to(tl.int64)
@@ -120,33 +124,44 @@ def _projections_kernel(
         for _ in range(blocks):
             sums += tl.load(source, mask=used & inside, other=0.0)
             source += part_size
+        if steps_of_rank is not None:
+            step = ((row // padded) * images + image) * padded + row % padded
+            source = steps_of_rank + step * RANK + c[None, :]
+            rank_sums += tl.load(source, mask=used & of_rank, other=0.0).to(tl.float32)
     row = image * targets + t
     if RANK > 0:
-        of_rank = inside & (c < RANK)[None, :]
-        tl.store(low_rank + row * RANK + c[None, :], rounded(sums, low_rank.dtype.element_ty), mask=of_rank)
-    of_b = inside & (c >= RANK)[None, :] & (c < RANK + STATES)[None, :]
-    tl.store(B + row * STATES + (c - RANK)[None, :], rounded(sums, B.dtype.element_ty), mask=of_b)
-    of_c = inside & (c >= RANK + STATES)[None, :]
-    tl.store(C + row * STATES + (c - RANK - STATES)[None, :], rounded(sums, C.dtype.element_ty), mask=of_c)
+        if steps_of_rank is None:
+            rank_sums = sums
+        tl.store(low_rank + row * stride_r + c[None, :], rounded(rank_sums, low_rank.dtype.element_ty), mask=of_rank)
+    of_b = inside & (c >= ahead)[None, :] & (c < ahead + STATES)[None, :]
+    tl.store(B + row * stride_b + (c - ahead)[None, :], rounded(sums, B.dtype.element_ty), mask=of_b)
+    of_c = inside & (c >= ahead + STATES)[None, :]
+    tl.store(C + row * stride_c + (c - ahead - STATES)[None, :], rounded(sums, C.dtype.element_ty), mask=of_c)
 
 
-def merge_projections(parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Tensor, C: Tensor) -> None:
+def merge_projections(
+    parts: Tensor, bags: Bags, low_rank: Tensor | None, B: Tensor, C: Tensor, steps_of_rank: Tensor | None = None
+) -> None:
     """Add up gradients of projections over blocks of channels and over the steps of every position.
 
     Args:
-        parts: (blocks, images, rows, R + 2N) float32, contiguous.
+        parts: (blocks, images, rows, R + 2N) float32, contiguous; without the R columns if `steps_of_rank` is given.
         bags: which rows belong to which position and route.
-        low_rank: (images, L, K, R), receives the first columns; None if R is 0.
-        B, C: (images, L, K, N), receive the others.
+        low_rank: (images, L, K, R), receives the first columns; None if there is none.
+        B, C: (images, L, K, N), receive the others. All three have rows at a constant distance.
+        steps_of_rank: (K*S, images, padded, R), contiguous: those of low-rank step sizes by step, summed up already.
     """
     blocks, images, rows, width = parts.shape
     targets = B.shape[1] * B.shape[2]
     if not B.numel():
         return
-    block = power_of_2(width)
+    rank, states = 0 if low_rank is None else low_rank.shape[3], B.shape[3]
+    block = power_of_2(max(width, rank))
     group = max(1, 1024 // block)
     launch(
         _projections_kernel, (ceil_div(targets, group) * images,),
-        parts, bags.rows, bags.offsets, low_rank, B, C, targets, rows, blocks, parts.stride(0), bags.uniform,
-        RANK=width - 2 * B.shape[3], STATES=B.shape[3], BLOCK=block, TARGETS=group, num_warps=4,
+        parts, bags.rows, bags.offsets, low_rank, B, C, steps_of_rank, targets, rows, blocks, parts.stride(0),
+        bags.uniform, 0 if low_rank is None else low_rank.stride(2), B.stride(2), C.stride(2), images,
+        1 if steps_of_rank is None else steps_of_rank.shape[2],
+        RANK=rank, STATES=states, BLOCK=block, TARGETS=group, num_warps=4,
     )  # fmt: skip

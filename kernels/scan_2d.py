@@ -7,6 +7,7 @@ product from their low-rank form, and runs the recurrence in registers. Outputs 
 `merge` adds up the routes. Backward walks the tiles from the end, starting each from the state that forward kept.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from .launch import launch
 from .merge import merge, merge_projections
 from .route_plan import plan
 from .sizes import ceil_div, power_of_2
+from .sums import sum_parts
 from .tiles import (
     INTERPRETED,
     LN_2,
@@ -188,18 +190,22 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
-    grad_x, grad_delta, parts, sums, grad_weight,
+    grad_x, grad_delta, parts, sums, grad_weight, walked,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
-    padded, part_size, sum_size,
+    stride_di, stride_dl, padded, steps, part_size, sum_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
-    TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, CONTRACTED: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Backward of one state per channel; all of a tile's states stay in registers."""
+    """Backward of one state per channel; all of a tile's states stay in registers.
+
+    The gradient of step sizes is contracted to its CONTRACTED low-rank numbers here, or, where that is 0, left in
+    `grad_delta` as it is; then `walked` receives the low-rank step sizes in the order of the steps.
+    """
     blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    width: tl.constexpr = RANK + 2
+    width: tl.constexpr = CONTRACTED + 2
     pid = tl.program_id(0)
     block = pid % blocks
     segment = (pid // blocks) % SEGMENTS
@@ -218,25 +224,33 @@ def _backward_kernel(
     # float16 would not hold every gradient, and the interpreter cuts bfloat16 off instead of rounding
     low = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 and not INTERPRETED else tl.float32
     column = tl.arange(0, COLUMNS)
-    to_b = tl.where((column == RANK)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)  # [COLUMNS, CHANNELS]
-    to_c = tl.where((column == RANK + 1)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)
-    x += image * stride_xb + k * stride_xk + d
+    to_b = tl.where((column == CONTRACTED)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)  # [COLUMNS, CHANNELS]
+    to_c = tl.where((column == CONTRACTED + 1)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)
+    last = tl.minimum(CHANNELS, DIM - block * CHANNELS) - 1
+    x += image * stride_xb + k * stride_xk + block * CHANNELS
+    first_x = x
+    x += tl.arange(0, CHANNELS)
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
-    grad += image * stride_gb + k * stride_gk + d
+    grad += image * stride_gb + k * stride_gk + block * CHANNELS
+    first_grad = grad
+    grad += tl.arange(0, CHANNELS)
     if RANK > 0:
         r = tl.arange(0, RANK_BLOCK)
         some = inside[:, None] & (r < RANK)[None, :]
         expand = tl.load(weight + place[:, None] * RANK + r[None, :], mask=some, other=0.0) * LOG2_E
+    else:
+        delta += d
+    if CONTRACTED > 0:
         some = inside[None, :] & (column < RANK)[:, None]
         contract = tl.load(weight + place[None, :] * RANK + column[:, None], mask=some, other=0.0).to(low)
         sum_weight = tl.zeros([CHANNELS, RANK_BLOCK], tl.float32)
     else:
-        delta += d
-        grad_delta += (walk * padded + padded) * DIM + d
+        grad_delta += image * stride_di + line * stride_dl + padded * DIM + d
     positions += line * padded + padded
-    written += line * padded + padded
+    if written is not None:
+        written += line * padded + padded
     grad_x += (walk * padded + padded) * DIM + d
     states += (walk + 1) * (padded // TILE) * DIM + d
     parts += block.to(tl.int64) * part_size + column[:, None]
@@ -246,9 +260,20 @@ def _backward_kernel(
     sum_decay = tl.zeros([CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
-    for _ in range(0, padded, TILE):
+    for behind in range(0, padded, TILE):
+        first = padded - behind - TILE
         positions -= TILE
-        written -= TILE
+        if written is not None:
+            written -= TILE
+        if first > 0:
+            _ask_for_tile(
+                first_x, delta, positions - TILE, last, stride_xl, stride_pl, TILE, CHANNELS,
+                WIDTH=RANK if LAYOUT == "apart" else RANK + 2, WIDE=WIDE,
+            )  # fmt: skip
+            _ask_for_tile(
+                first_grad, delta, (positions if written is None else written) - TILE, last, stride_gl, stride_pl, TILE,
+                CHANNELS, WIDTH=0, WIDE=WIDE,
+            )  # fmt: skip
         states -= DIM
         grad_x -= TILE * DIM
         parts -= TILE * width
@@ -256,14 +281,17 @@ def _backward_kernel(
             i = tl.load(positions + tl.arange(0, TILE))
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
             low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-        else:
+        if CONTRACTED == 0:
             grad_delta -= TILE * DIM
+            if RANK > 0:
+                if block == 0:
+                    row = (line * stride_dl + image * stride_di) // DIM + first + tl.arange(0, TILE)
+                    tl.store(walked + row[:, None] * RANK + r[None, :], low_rank, mask=(r < RANK)[None, :])
         xs = ()
         bs = ()
         cs = ()
         vs = ()
         dys = ()
-        sources = ()
         for j in tl.static_range(TILE):
             i = tl.load(positions + j)
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
@@ -273,33 +301,27 @@ def _backward_kernel(
             cs = cs + (c,)
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
-            o = tl.load(written + j)
-            if TAIL:
-                row = tl.maximum(o, 0)
-                row = row.to(tl.int64) if WIDE else row.to(tl.uint32)
-                dy = tl.load(grad + row * stride_gl, mask=mask, other=0.0).to(tl.float32)
-                dys = dys + (tl.where(o >= 0, dy, 0.0),)  # steps behind the end have no output
-                sources = sources + (o,)
-            else:
-                row = o.to(tl.int64) if WIDE else o.to(tl.uint32)
-                dys = dys + (tl.load(grad + row * stride_gl, mask=mask, other=0.0),)
+            if written is not None:
+                i = tl.load(written + j)
+                i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            dys = dys + (tl.load(grad + i * stride_gl, mask=mask, other=0.0),)
         if RANK > 0:
             v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
             vs = rows_of(v, TILE, CHANNELS)
         h = tl.load(states, mask=mask, other=0.0)
         hs = (h,)  # before the first step, and after every step
-        steps = ()
+        sizes = ()
         decays = ()
         for j in tl.static_range(TILE):
             step = vs[j] + shift
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             if TAIL:
-                step = tl.where(sources[j] >= 0, step, 0.0)  # steps behind the end leave the state as it is
+                step = tl.where(first + j < steps, step, 0.0)  # steps behind the end leave the state as it is
             decay = tl.exp2(step * decay_rate)
             h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j] * LN_2)
             hs = hs + (h,)
-            steps = steps + (step,)
+            sizes = sizes + (step,)
             decays = decays + (decay,)
         slopes = ()
         of_b = ()
@@ -308,29 +330,31 @@ def _backward_kernel(
             value = xs[j].to(tl.float32)
             b = bs[j]
             dy = dys[j].to(tl.float32)
+            if TAIL:
+                dy = tl.where(first + j < steps, dy, 0.0)  # nor have they an output
             g = dy * cs[j] + back
             back = decays[j] * g
             exponent = back * hs[j]  # gradient of step size times decay rate
             gv = g * value
             slope = decay_rate * exponent + gv * b  # gradient of the step size
             if SOFTPLUS:
-                slope *= softplus_slope(vs[j] + shift, steps[j], EXACT)
+                slope *= softplus_slope(vs[j] + shift, sizes[j], EXACT)
             if TAIL:
-                slope = tl.where(sources[j] >= 0, slope, 0.0)
-            dx = g * (b * LN_2) * steps[j] + skip * dy
+                slope = tl.where(first + j < steps, slope, 0.0)
+            dx = g * (b * LN_2) * sizes[j] + skip * dy
             tl.store(grad_x + j * DIM, rounded(dx, grad_x.dtype.element_ty), mask=mask)
-            if RANK == 0:
+            if CONTRACTED == 0:
                 tl.store(grad_delta + j * DIM, rounded(slope, grad_delta.dtype.element_ty), mask=mask)
-            sum_decay += exponent * steps[j]
+            sum_decay += exponent * sizes[j]
             sum_skip += dy * value
             sum_shift += slope
             slopes = (slope,) + slopes
-            of_b = (gv * steps[j],) + of_b
+            of_b = (gv * sizes[j],) + of_b
             of_c = (dy * hs[j + 1],) + of_c
         columns = dot(to_b, tile_of(of_b, 0, 1, TILE, CHANNELS).to(low), tl.zeros([COLUMNS, TILE], tl.float32))
         columns = columns * LN_2
         columns = dot(to_c, tile_of(of_c, 0, 1, TILE, CHANNELS).to(low), columns)
-        if RANK > 0:
+        if CONTRACTED > 0:
             slope = tile_of(slopes, 0, 1, TILE, CHANNELS).to(low)
             columns = dot(contract, slope, columns)
             sum_weight = dot(slope, low_rank.to(low), sum_weight)
@@ -341,7 +365,7 @@ def _backward_kernel(
     tl.store(sums, sum_skip, mask=mask)
     sums += sum_size
     tl.store(sums, sum_shift, mask=mask)
-    if RANK > 0:
+    if CONTRACTED > 0:
         some = inside[:, None] & (r < RANK)[None, :]
         tl.store(grad_weight + (walk * DIM + d)[:, None] * RANK + r[None, :], sum_weight, mask=some)
 
@@ -370,6 +394,7 @@ class _Work(NamedTuple):
 
 TILE = 16  # steps
 _BACKWARD_REGISTERS = 168  # 12 warps per multiprocessor
+_PIECES = 16  # of the sum for the gradient of a route's step size weight
 
 
 def _tiles_per_state(states: int) -> int:
@@ -587,46 +612,96 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
     channels = 32
     blocks = ceil_div(work.dim, channels)
     lines = work.routes * work.segments
-    width = work.rank + 2 * work.states
+    contracted = 0 if _contracts_outside(work, dtype) else work.rank
+    width = contracted + 2 * work.states
     grad_x = x.new_empty(work.images, work.rows, work.dim, dtype=dtype)
-    grad_delta = x.new_empty(grad_x.shape, dtype=dtype) if not work.rank else None
+    # steps by image and route, or by route and image where matrix products follow, one for each route
+    order = (work.images, lines) if work.rank == 0 else (lines, work.images)
+    grad_delta = None if contracted else x.new_empty(*order, work.padded, work.dim, dtype=dtype)
+    walked = None if contracted or not work.rank else call.delta.new_empty(*order, work.padded, work.rank)
     parts = x.new_empty(blocks, work.images, work.rows, width, dtype=torch.float32)
-    sums = x.new_empty(work.states + 2, work.images, lines, work.dim, dtype=torch.float32)
-    grad_weight = x.new_empty(work.images, lines, work.dim, work.rank, dtype=torch.float32) if work.rank else None
+    sums = x.new_empty(work.states + 2, work.images, work.routes, work.segments, work.dim, dtype=torch.float32)
+    of_weight = None
+    if contracted:
+        shape = (work.images, work.routes, work.segments, work.dim * work.rank)
+        of_weight = x.new_empty(shape, dtype=torch.float32)
     grid = work.images * lines * blocks
-    inputs = (
-        x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions, call.write.kept,
-        states, grad, grad_x, grad_delta, parts, sums, grad_weight,
-    )  # fmt: skip
     strides = (*call.strides(), *_route_strides(grad))
+    inputs = (x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions)
+    outputs = (grad_x, grad_delta, parts, sums, of_weight)
     if work.states > 1:
         scan_2d_states.launch_backward(
-            *inputs, strides, work.steps, TILE, work.keep, softplus=call.softplus, wide=call.wide
-        )
+            *inputs, call.write.kept, states, grad, *outputs, strides, work.steps, TILE, work.keep,
+            softplus=call.softplus, wide=call.wide,
+        )  # fmt: skip
     elif grid:
+        step_strides = (work.padded * work.dim, work.images * work.padded * work.dim)  # of images and routes
+        if work.rank == 0:
+            step_strides = (work.rows * work.dim, work.padded * work.dim)
         launch(
-            _backward_kernel, (grid,), *inputs, *strides, work.padded, parts.stride(0), sums.stride(0),
-            COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
+            _backward_kernel, (grid,),
+            *inputs, None if call.write is call.read else call.write.positions, states, grad, *outputs, walked,
+            *strides, *step_strides, work.padded, work.steps, parts.stride(0), sums.stride(0),
+            CONTRACTED=contracted, COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
             LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two cost registers here
-            maxnreg=_BACKWARD_REGISTERS if work.rank <= 16 else None, **call.constants(channels),
+            maxnreg=_BACKWARD_REGISTERS if contracted <= 16 else None, **call.constants(channels),
         )  # fmt: skip
     by_route = call.read.by_route
-    grads = {name: call_value.new_empty(call_value.shape) for name, call_value in (("B", call.B), ("C", call.C))}
-    low_rank = call.delta.new_empty(call.delta.shape) if work.rank else None
-    merge_projections(parts, by_route, low_rank, grads["B"], grads["C"])
+    grads, low_rank = _empty_projections(call)
+    of_rank = None
+    if walked is not None:
+        of_rank, grads["dt_weight"] = _contract(call, grad_delta, walked)
+    merge_projections(parts, by_route, low_rank, grads["B"], grads["C"], of_rank)
     grads["x"] = x.new_empty(x.shape)
     merge(grad_x, call.read.merged if x.dim() == 3 else by_route, _targets(grads["x"]))
     if low_rank is None:
         grads["delta"] = call.delta.new_empty(call.delta.shape)
-        merge(grad_delta, by_route, _targets(grads["delta"]))
+        merge(grad_delta.view(grad_x.shape), by_route, _targets(grads["delta"]))
     else:
         grads["delta"] = low_rank
-    sums = sums.view(work.states + 2, work.images, work.routes, work.segments, work.dim)
-    grads["A"] = sums[: work.states].sum((1, 3)).permute(1, 2, 0)  # (N, K, D) -> (K, D, N)
+    of_decay, of_skip, of_shift, of_weight = sum_parts(sums, of_weight)
+    grads["A"] = of_decay.permute(1, 2, 0)  # (N, K, D) -> (K, D, N)
     if call.D is not None:
-        grads["D"] = sums[work.states].sum((0, 2))
+        grads["D"] = of_skip
     if call.bias is not None:
-        grads["dt_bias"] = sums[work.states + 1].sum((0, 2))
-    if grad_weight is not None:
-        grads["dt_weight"] = grad_weight.view(work.images, work.routes, work.segments, work.dim, work.rank).sum((0, 2))
+        grads["dt_bias"] = of_shift
+    if of_weight is not None:
+        grads["dt_weight"] = of_weight.view(work.routes, work.dim, work.rank)
     return grads
+
+
+def _empty_projections(call: _Call) -> tuple[dict[str, Tensor], Tensor | None]:
+    """For the gradients of B and C, and of low-rank delta: parts of one tensor where the inputs are."""
+    delta, B, C, rank, states = call.delta, call.B, call.C, call.work.rank, call.work.states
+    if call.layout == "apart":
+        low_rank = delta.new_empty(delta.shape) if rank else None
+        return {"B": B.new_empty(B.shape), "C": C.new_empty(C.shape)}, low_rank
+    packed = delta.new_empty(*delta.shape[:3], rank + 2 * states)
+    low_rank, of_b, of_c = packed.split([rank, states, states], dim=-1)
+    return {"B": of_b, "C": of_c}, low_rank
+
+
+def _contracts_outside(work: _Work, dtype: torch.dtype) -> bool:
+    """Whether gradients of step sizes are better written out, for matrix products over all images.
+
+    Within the scan, the low-rank weight and the sum for its gradient would take most registers.
+    """
+    return work.states == 1 and work.rank > 16 and dtype == torch.bfloat16
+
+
+def _contract(call: _Call, grad_delta: Tensor, walked: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of low-rank step sizes, of every step, (K*S, B, padded, R), and of their weight, (K, D, R).
+
+    Args:
+        call: the inputs.
+        grad_delta: (K*S, B, padded, D), of the full step sizes; 0 behind the end of a sequence.
+        walked: (K*S, B, padded, R), the low-rank step sizes.
+    """
+    work = call.work
+    slopes = grad_delta.view(work.routes, -1, work.dim)  # (K, S*B*padded, D)
+    of_rank = torch.bmm(slopes, call.weight.to(slopes.dtype)).view(walked.shape)
+    # several sums per route, so that the matrix products have enough to do
+    pieces = math.gcd(work.images * work.segments, _PIECES)
+    slopes, walked = (value.view(work.routes * pieces, -1, value.shape[-1]) for value in (grad_delta, walked))
+    of_weight = torch.bmm(slopes.transpose(1, 2), walked.to(slopes.dtype))  # (K*pieces, D, R)
+    return of_rank, of_weight.view(work.routes, pieces, work.dim, work.rank).float().sum(1)

@@ -4,8 +4,8 @@ An implementation of an operator (the chunked path, a kernel module) is anything
 
 - ``forward(*inputs)`` returns the tensors that the schema names;
 - ``backward(*gradients of the outputs, *inputs)`` returns the gradients of the floating-point inputs that are given,
-  as a dict from the names in the schema, in any floating dtype. The gradient of an output that nothing depends on is an
-  empty tensor, (0,).
+  as a dict from the names in the schema, in any floating dtype. They may be parts of one tensor that do not overlap.
+  The gradient of an output that nothing depends on is an empty tensor, (0,).
 
 An operator may also keep tensors from its forward pass for its backward pass. Then its last argument is ``bool save``,
 and an implementation that keeps something has a third function, ``empty_saved(*inputs)``, which allocates those
@@ -100,10 +100,11 @@ def register_operator(
         else:
             gradients = chosen.backward(*everything)
         return [
-            gradients[argument].to(value.dtype).contiguous()
-            for argument, value in zip(names, inputs)
-            if _takes_gradient(value)
+            gradients[argument].to(value.dtype) for argument, value in zip(names, inputs) if _takes_gradient(value)
         ]
+
+    def run_backward_apart(*everything: Any) -> list[Tensor]:
+        return [gradient.contiguous() for gradient in run_backward(*everything)]
 
     outgoing = ", ".join(f"Tensor {output}" for output in (*returns, *saved))
     incoming = ", ".join([f"Tensor grad_{output}" for output in returns] + [f"Tensor saved_{kept}" for kept in saved])
@@ -112,7 +113,7 @@ def register_operator(
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     for qualified, schema, function in (
         (name, f"({arguments}) -> ({outgoing})", run),
-        (f"{name}_backward", f"({incoming}, {arguments}) -> Tensor[]", run_backward),
+        (f"{name}_backward", f"({incoming}, {arguments}) -> Tensor[]", run_backward_apart),
     ):
         _LIBRARY.define(qualified + schema, tags=tags)
         _LIBRARY.impl(qualified, function, "CompositeExplicitAutograd")

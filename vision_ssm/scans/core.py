@@ -5,6 +5,8 @@ is Mamba-2's scan with one scalar decay per head (arXiv 2405.21060).
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +42,30 @@ def _uniform(*shape: int, bound: float) -> nn.Parameter:
 def _decay_rate(log_rate: torch.Tensor) -> torch.Tensor:
     """-exp(log_rate), in float32 at least: half precision would round the decays of a whole image's length."""
     return -torch.exp(log_rate.to(torch.promote_types(log_rate.dtype, torch.float32)))
+
+
+class _Unpack(torch.autograd.Function):
+    """Splits the last axis. Gradients that lie side by side in one tensor, as kernels leave them, are not copied."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        return packed.split(sizes, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *parts: torch.Tensor) -> tuple[torch.Tensor, None]:
+        first, place = parts[0], parts[0].data_ptr()
+        width = sum(part.shape[-1] for part in parts)
+        for part in parts:
+            if part.stride() != first.stride() or part.stride(-2) != width or part.data_ptr() != place:
+                return torch.cat(parts, dim=-1), None
+            place += part.shape[-1] * part.element_size()
+        return first.as_strided((*first.shape[:-1], width), first.stride()), None
+
+
+def _unpack(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and packed.requires_grad):
+        return packed.split(sizes, dim=-1)
+    return _Unpack.apply(packed, sizes)
 
 
 class RouteCore(nn.Module):
@@ -112,7 +138,7 @@ class S6Core(RouteCore):
         weight = self.of_routes("x_proj_weight", table)
         projected = F.linear(x, weight.flatten(0, 1))  # (B, L, K*(R+2N)); pointwise, so it commutes with the routes
         projected = projected.view(*x.shape[:2], *weight.shape[:2])  # (B, L, K, R+2N)
-        low_rank, b, c = projected.split([self.dt_rank, self.state_dim, self.state_dim], dim=-1)
+        low_rank, b, c = _unpack(projected, [self.dt_rank, self.state_dim, self.state_dim])
         options = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
         return scan_2d(
             x,
