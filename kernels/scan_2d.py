@@ -188,6 +188,27 @@ def _forward_kernel(
 
 
 @triton.jit
+def _step_projections(
+    delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """B and C of one state at positions `i`, both [TILE]; see `_projections` for LAYOUT."""
+    if LAYOUT == "apart":
+        return tl.load(B + i * stride_bl), tl.load(C + i * stride_cl)
+    else:
+        b = delta + i * stride_pl + RANK
+        return tl.load(b), tl.load(b + 1)
+
+
+@triton.jit
+def _of_step(rows, j: tl.constexpr, CHANNELS: tl.constexpr):
+    """Number `j` of `rows`, [TILE], for every channel: [CHANNELS] in float32.
+
+    A lane hands its number to all others; loading it once per step costs addresses, and registers for all steps.
+    """
+    return tl.gather(rows, tl.full([CHANNELS], j, tl.int32), 0).to(tl.float32)
+
+
+@triton.jit
 def _backward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
     grad_x, grad_delta, parts, sums, grad_weight, walked,
@@ -226,16 +247,11 @@ def _backward_kernel(
     column = tl.arange(0, COLUMNS)
     to_b = tl.where((column == CONTRACTED)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)  # [COLUMNS, CHANNELS]
     to_c = tl.where((column == CONTRACTED + 1)[:, None] & (d >= 0)[None, :], 1.0, 0.0).to(low)
-    last = tl.minimum(CHANNELS, DIM - block * CHANNELS) - 1
-    x += image * stride_xb + k * stride_xk + block * CHANNELS
-    first_x = x
-    x += tl.arange(0, CHANNELS)
+    x += image * stride_xb + k * stride_xk + d
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
-    grad += image * stride_gb + k * stride_gk + block * CHANNELS
-    first_grad = grad
-    grad += tl.arange(0, CHANNELS)
+    grad += image * stride_gb + k * stride_gk + d
     if RANK > 0:
         r = tl.arange(0, RANK_BLOCK)
         some = inside[:, None] & (r < RANK)[None, :]
@@ -265,15 +281,6 @@ def _backward_kernel(
         positions -= TILE
         if written is not None:
             written -= TILE
-        if first > 0:
-            _ask_for_tile(
-                first_x, delta, positions - TILE, last, stride_xl, stride_pl, TILE, CHANNELS,
-                WIDTH=RANK if LAYOUT == "apart" else RANK + 2, WIDE=WIDE,
-            )  # fmt: skip
-            _ask_for_tile(
-                first_grad, delta, (positions if written is None else written) - TILE, last, stride_gl, stride_pl, TILE,
-                CHANNELS, WIDTH=0, WIDE=WIDE,
-            )  # fmt: skip
         states -= DIM
         grad_x -= TILE * DIM
         parts -= TILE * width
@@ -288,17 +295,15 @@ def _backward_kernel(
                     row = (line * stride_dl + image * stride_di) // DIM + first + tl.arange(0, TILE)
                     tl.store(walked + row[:, None] * RANK + r[None, :], low_rank, mask=(r < RANK)[None, :])
         xs = ()
-        bs = ()
-        cs = ()
+        i = tl.load(positions + tl.arange(0, TILE))
+        i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+        bs, cs = _step_projections(delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK, LAYOUT)
         vs = ()
         dys = ()
         for j in tl.static_range(TILE):
             i = tl.load(positions + j)
             i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
             xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
-            b, c = _projections(delta, B, C, i, 0, stride_pl, stride_bl, stride_cl, RANK, 1, LAYOUT)
-            bs = bs + (b,)
-            cs = cs + (c,)
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
             if written is not None:
@@ -319,7 +324,8 @@ def _backward_kernel(
             if TAIL:
                 step = tl.where(first + j < steps, step, 0.0)  # steps behind the end leave the state as it is
             decay = tl.exp2(step * decay_rate)
-            h = decay * h + (step * xs[j].to(tl.float32)) * (bs[j] * LN_2)
+            b = _of_step(bs, j, CHANNELS)
+            h = decay * h + (step * xs[j].to(tl.float32)) * (b * LN_2)
             hs = hs + (h,)
             sizes = sizes + (step,)
             decays = decays + (decay,)
@@ -328,11 +334,12 @@ def _backward_kernel(
         of_c = ()
         for j in tl.static_range(TILE - 1, -1, -1):
             value = xs[j].to(tl.float32)
-            b = bs[j]
+            b = _of_step(bs, j, CHANNELS)
+            c = _of_step(cs, j, CHANNELS)
             dy = dys[j].to(tl.float32)
             if TAIL:
                 dy = tl.where(first + j < steps, dy, 0.0)  # nor have they an output
-            g = dy * cs[j] + back
+            g = dy * c + back
             back = decays[j] * g
             exponent = back * hs[j]  # gradient of step size times decay rate
             gv = g * value
@@ -643,7 +650,7 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
             *inputs, None if call.write is call.read else call.write.positions, states, grad, *outputs, walked,
             *strides, *step_strides, work.padded, work.steps, parts.stride(0), sums.stride(0),
             CONTRACTED=contracted, COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
-            LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two cost registers here
+            LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two are slower here
             maxnreg=_BACKWARD_REGISTERS if contracted <= 16 else None, **call.constants(channels),
         )  # fmt: skip
     by_route = call.read.by_route

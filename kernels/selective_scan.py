@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import LN_2, LOG2_E, pinned, rounded, rows_of, softplus_log2, softplus_slope, tile_of
+from .tiles import LN_2, LOG2_E, pinned, prefetch, rounded, rows_of, softplus_log2, softplus_slope, tile_of
 
 
 @triton.jit
@@ -107,6 +107,24 @@ def _load_steps(
 
 
 @triton.jit
+def _ask_for_rows(rows, first, length, STEPS: tl.constexpr):
+    """Bring steps of the rows that start at `rows`, pointers [CHANNELS], into the cache. None: no rows."""
+    if rows is not None:
+        sector: tl.constexpr = 256 // rows.dtype.element_ty.primitive_bitwidth
+        count: tl.constexpr = (STEPS + sector - 1) // sector
+        ends = first + (tl.arange(0, count) + 1) * (STEPS // count) - 1  # what comes before is there if rows are uneven
+        prefetch(rows[:, None] + tl.minimum(ends, length - 1)[None, :])
+
+
+@triton.jit
+def _ask_for_matrix(matrix, first, ROW: tl.constexpr, STEPS: tl.constexpr):
+    """Bring steps of B or C, of ROW numbers each, into the cache."""
+    sector: tl.constexpr = 256 // matrix.dtype.element_ty.primitive_bitwidth
+    count: tl.constexpr = (STEPS * ROW + sector - 1) // sector
+    prefetch(matrix + first * ROW + tl.arange(0, count) * sector)
+
+
+@triton.jit
 def _load_rows(pointers, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] in memory -> tuple of COLUMNS rows [ROWS]; zeros where there is nothing to load."""
     if pointers is None:
@@ -174,12 +192,23 @@ def _forward_kernel(
     skip = tl.zeros([CHANNELS], tl.float32) if D is None else tl.load(D + d, mask=inside, other=0.0)
     shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
     t = tl.arange(0, TILE)
+    near = tl.minimum(d, group * GROUP + GROUP - 1)  # a channel that exists
+    u_rows = u + image * stride_ub + near * stride_ud
+    delta_rows = delta + image * stride_db + near * stride_dd
+    z_rows = None if z is None else z + image * stride_zb + near * stride_zd
     u += image * stride_ub + d[:, None] * stride_ud + t[None, :]
     delta += image * stride_db + d[:, None] * stride_dd + t[None, :]
     row = (image * dim + d)[:, None] * length + t[None, :]
 
     for first in range(start, stop, TILE):
-        if CHUNK > 0:
+        following = first + TILE
+        if following < stop:
+            _ask_for_rows(u_rows, following, length, TILE)
+            _ask_for_rows(delta_rows, following, length, TILE)
+            _ask_for_rows(z_rows, following, length, TILE)
+            _ask_for_matrix(B, following, SHARE * OWN, TILE)
+            _ask_for_matrix(C, following, SHARE * OWN, TILE)
+        if CHUNK >= TILE:
             if first % CHUNK == 0:
                 tl.store(states, tile_of(hs, 0, 1, OWN, lanes), mask=some)
                 states += dim * STATES
@@ -195,6 +224,10 @@ def _forward_kernel(
         cs = _load_matrix(C + first * (SHARE * OWN), SHARE, OWN, CHANNELS, TILE)
         outs = ()
         for j in tl.static_range(TILE):
+            if CHUNK > 0 and CHUNK < TILE and j % CHUNK == 0:
+                if first + j < stop:
+                    tl.store(states, tile_of(hs, 0, 1, OWN, lanes), mask=some)
+                states += dim * STATES
             after = ()
             out = tl.zeros([lanes], tl.float32)
             for r in tl.static_range(OWN):
@@ -383,11 +416,22 @@ def _summary_kernel(
     shift = tl.zeros([CHANNELS], tl.float32) if bias is None else tl.load(bias + d, mask=inside, other=0.0) * LOG2_E
     total = tl.zeros([CHANNELS, TILE], tl.float32)
     t = tl.arange(0, TILE)
+    near = tl.minimum(d, group * GROUP + GROUP - 1)  # a channel that exists
+    u_rows = u + image * stride_ub + near * stride_ud
+    delta_rows = delta + image * stride_db + near * stride_dd
+    z_rows = None if z is None else z + image * stride_zb + near * stride_zd
     u += image * stride_ub + d[:, None] * stride_ud + t[None, :]
     delta += image * stride_db + d[:, None] * stride_dd + t[None, :]
 
     for turn in range(0, tl.cdiv(stop - start, TILE)):
         first = (tl.cdiv(stop, TILE) - 1 - turn if TURNED else tl.cdiv(start, TILE) + turn) * TILE
+        if turn + 1 < tl.cdiv(stop - start, TILE):
+            following = first - TILE if TURNED else first + TILE
+            _ask_for_rows(u_rows, following, length, TILE)
+            _ask_for_rows(delta_rows, following, length, TILE)
+            if TURNED:
+                _ask_for_rows(z_rows, following, length, TILE)
+            _ask_for_matrix(matrix, following, SHARE * OWN, TILE)
         mask = inside[:, None] & (first + t < length)[None, :]
         value = tl.load(u + first, mask=mask, other=0.0).to(tl.float32)
         step = tl.load(delta + first, mask=mask, other=0.0).to(tl.float32) * LOG2_E + shift[:, None]
@@ -467,25 +511,21 @@ class _Cut(NamedTuple):
     registers: int | None = None
 
 
-_MANY_WARPS = 4096  # more than an H200 holds at a time
 _FEW_WARPS = 1024
+_MANY_WARPS = 4096  # more than an H200 holds at a time
 _SHORTEST_SEGMENT = 256  # steps
 
 
-def _forward_cut(batch: int, dim: int, states: int) -> _Cut:
-    """Two states per lane cost the fewest instructions; one makes more warps."""
-    few = batch * dim * power_of_2(states) < 64 * _MANY_WARPS
-    return _Cut(own=1 if states == 1 or few else 2, tile=16, warps=1)
+def _forward_cut(states: int) -> _Cut:
+    """Two states per lane cost the fewest instructions."""
+    return _Cut(own=1, tile=32, warps=1) if states == 1 else _Cut(own=2, tile=16, warps=1)
 
 
-def _backward_cut(batch: int, dim: int, states: int, dtype: torch.dtype) -> _Cut:
+def _backward_cut(states: int, dtype: torch.dtype) -> _Cut:
     """Programs of many channels leave fewer shares of the gradients of B and C to add up."""
-    warps = batch * dim * power_of_2(states) // 64
     if states == 1:
         return _Cut(own=1, tile=16, warps=1)
-    if warps < _FEW_WARPS:
-        return _Cut(own=1, tile=16, warps=4)
-    return _Cut(own=2, tile=8, warps=4, registers=128 if warps > _MANY_WARPS and dtype.itemsize == 2 else None)
+    return _Cut(own=2, tile=8, warps=4, registers=128 if dtype.itemsize == 2 else None)
 
 
 class _Call:
@@ -499,8 +539,8 @@ class _Call:
         self.batch, self.dim, self.length = u.shape
         self.groups, self.states = B.shape[1], A.shape[1]
         self.chunk = _chunk(self.states)
-        self.chunks = ceil_div(self.length, self.chunk)
-        self.padded = self.chunks * self.chunk
+        unit = max(self.chunk, cut.tile)  # segments are whole chunks and whole tiles
+        self.padded = ceil_div(self.length, unit) * unit
         self.share = max(1, power_of_2(self.states) // cut.own)
         self.channels = max(1, 32 * cut.warps // self.share)
         self.u, self.delta, self.z = _time_last(u), _time_last(delta), _time_last(z)
@@ -511,8 +551,8 @@ class _Call:
         warps = ceil_div(self.batch * self.dim * power_of_2(self.states), 32 * cut.own)
         self.span = self.padded
         if 0 < warps < _FEW_WARPS:
-            segments = min(_FEW_WARPS * 2 // warps, self.length // _SHORTEST_SEGMENT)
-            self.span = ceil_div(self.chunks, max(segments, 1)) * self.chunk
+            segments = min(_MANY_WARPS // warps, self.length // _SHORTEST_SEGMENT)
+            self.span = ceil_div(self.padded // unit, max(segments, 1)) * unit
         self.segments = ceil_div(self.padded, self.span)
 
     @property
@@ -596,7 +636,7 @@ def forward(
     delta_bias: Tensor | None, delta_softplus: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `vision_ssm.ops.selective_scan`. Returns y, the last state and, if `save`, what `empty_saved` allocates."""
-    cut = _forward_cut(*u.shape[:2], A.shape[1])
+    cut = _forward_cut(A.shape[1])
     call = _Call(cut, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y = u.new_empty(u.shape)
     last = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)
@@ -621,7 +661,7 @@ def backward(
     """Gradients of all floating-point inputs that are given, by name; empty gradients of outputs stand for zeros."""
     if not save:  # forward kept nothing
         _, _, ungated, states = forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-    cut = _backward_cut(*u.shape[:2], A.shape[1], u.dtype)
+    cut = _backward_cut(A.shape[1], u.dtype)
     call = _Call(cut, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     grad = u.new_zeros(u.shape) if not grad_y.numel() else _time_last(grad_y)
     end = grad_last.float().contiguous() if grad_last.numel() else None

@@ -109,6 +109,28 @@ def test_twin_in_half_precision(case, dtype):
     compare_with_twin("scan_2d", small(**CASES[case]), dtype)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(size=(4, 4), routes="2", batch=3, norm=True),
+        dict(segment=5, size=(2, 5), routes="2", batch=2),
+        dict(write=True, steps=9, routes="2"),
+        dict(per_route=True, size=(3, 5), routes="2"),
+    ],
+    ids=str,
+)
+def test_high_rank_in_half_precision(monkeypatch, options):
+    """Gradients of low-rank step sizes are matrix products over all images then."""
+    products = []
+    contract = kernels.scan_2d._contract
+    monkeypatch.setattr(kernels.scan_2d, "_contract", lambda *args: products.append(1) or contract(*args))
+    inputs = small(**dict(rank=18, dim=40) | options)
+    compare_with_twin("scan_2d", inputs, torch.bfloat16)
+    compare_with_twin("scan_2d", pack_projections(inputs), torch.bfloat16)
+    assert len(products) == 2
+
+
 def test_norm_without_bias():
     inputs = small(norm=True)
     del inputs["norm_bias"]

@@ -93,6 +93,13 @@ def test_segments(monkeypatch, length, options):
     assert len(segments) == 2 and min(segments) > 1  # forward and backward
 
 
+@pytest.mark.parametrize("length", [1, 16, 17, 31, 33, 64])
+def test_one_state_is_kept_within_tiles(length):
+    """Forward takes more steps at a time than lie between the states that it keeps."""
+    assert kernels._forward_cut(1).tile > kernels._chunk(1)
+    compare_with_twin("selective_scan", selective_scan_inputs(states=1, length=length), torch.float32)
+
+
 @pytest.mark.parametrize("scale", [dict(delta=1e4), dict(delta=-1e4), dict(u=1e15)], ids=str)
 @pytest.mark.parametrize("states", [1, 3])
 def test_large_values(states, scale):
