@@ -25,13 +25,13 @@ from .tiles import (
     INTERPRETED,
     LN_2,
     LOG2_E,
-    dot,
     precise_dot,
     prefetch,
     rounded,
     rows_of,
     softplus_log2,
     softplus_slope,
+    sum_products,
     tile_of,
 )
 
@@ -217,8 +217,8 @@ def _backward_kernel(
     stride_di, stride_dl, padded, steps, part_size, sum_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, CONTRACTED: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
-    LAYOUT: tl.constexpr,
+    CHANNELS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
+    WIDE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Backward of one state per channel; all of a tile's states stay in registers.
 
@@ -358,13 +358,13 @@ def _backward_kernel(
             slopes = (slope,) + slopes
             of_b = (gv * sizes[j],) + of_b
             of_c = (dy * hs[j + 1],) + of_c
-        columns = dot(to_b, tile_of(of_b, 0, 1, TILE, CHANNELS).to(low), tl.zeros([COLUMNS, TILE], tl.float32))
-        columns = columns * LN_2
-        columns = dot(to_c, tile_of(of_c, 0, 1, TILE, CHANNELS).to(low), columns)
+        columns = tl.zeros([COLUMNS, TILE], tl.float32)
+        columns = sum_products(to_b, tile_of(of_b, 0, 1, TILE, CHANNELS).to(low), columns, EXACT) * LN_2
+        columns = sum_products(to_c, tile_of(of_c, 0, 1, TILE, CHANNELS).to(low), columns, EXACT)
         if CONTRACTED > 0:
             slope = tile_of(slopes, 0, 1, TILE, CHANNELS).to(low)
-            columns = dot(contract, slope, columns)
-            sum_weight = dot(slope, low_rank.to(low), sum_weight)
+            columns = sum_products(contract, slope, columns, EXACT)
+            sum_weight = sum_products(slope, low_rank.to(low), sum_weight, EXACT)
         tl.store(parts, columns, mask=(column < width)[:, None] & (tl.arange(0, TILE) >= 0)[None, :])
     sums += walk * DIM + d
     tl.store(sums, sum_decay * LN_2, mask=mask)

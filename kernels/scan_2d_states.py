@@ -13,19 +13,21 @@ from torch import Tensor
 
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import INTERPRETED, LN_2, LOG2_E, dot, precise_dot, rounded, rows_of, softplus_log2, softplus_slope
+from .tiles import (
+    INTERPRETED,
+    LN_2,
+    LOG2_E,
+    dot,
+    precise_dot,
+    rounded,
+    rows_of,
+    softplus_log2,
+    softplus_slope,
+    sum_products,
+)
 
 _CHANNELS = 32
 _REGISTERS = 168  # 12 warps per multiprocessor
-
-
-@triton.jit
-def _sum_products(a, b, acc, EXACT: tl.constexpr):
-    """``a @ b + acc``; 10 bits of float32 operands suffice unless EXACT."""
-    if EXACT or INTERPRETED or a.dtype != tl.float32:
-        return dot(a, b, acc)
-    else:
-        return tl.dot(a, b, acc=acc, input_precision="tf32")
 
 
 @triton.jit
@@ -221,7 +223,7 @@ def _backward_kernel(
                     c = tl.load(projections + (2 * j + 1) * STATE_BLOCK)
                     g = dys[j][None, :] * c[:, None] + back
                     operand = tl.where(column[None, :] == 2 * j + turns[:, None], factors[j][:, None], 0.0).to(low)
-                    columns = _sum_products(_interleaved(g, hs[j + 1], low), operand, columns, EXACT)
+                    columns = sum_products(_interleaved(g, hs[j + 1], low), operand, columns, EXACT)
                     back = decays[j] * g
                     exponent = back * hs[j]  # gradient of step size times decay rate
                     along = tl.sum(g * b[:, None], 0)

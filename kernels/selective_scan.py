@@ -516,9 +516,11 @@ _MANY_WARPS = 4096  # more than an H200 holds at a time
 _SHORTEST_SEGMENT = 256  # steps
 
 
-def _forward_cut(states: int) -> _Cut:
-    """Two states per lane cost the fewest instructions."""
-    return _Cut(own=1, tile=32, warps=1) if states == 1 else _Cut(own=2, tile=16, warps=1)
+def _forward_cut(states: int, dtype: torch.dtype) -> _Cut:
+    """Two states per lane cost the fewest instructions; registers hold 32 steps of one state in half precision."""
+    if states == 1:
+        return _Cut(own=1, tile=32 if dtype.itemsize == 2 else 16, warps=1)
+    return _Cut(own=2, tile=16, warps=1)
 
 
 def _backward_cut(states: int, dtype: torch.dtype) -> _Cut:
@@ -636,7 +638,7 @@ def forward(
     delta_bias: Tensor | None, delta_softplus: bool, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """See `vision_ssm.ops.selective_scan`. Returns y, the last state and, if `save`, what `empty_saved` allocates."""
-    cut = _forward_cut(A.shape[1])
+    cut = _forward_cut(A.shape[1], u.dtype)
     call = _Call(cut, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     y = u.new_empty(u.shape)
     last = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)

@@ -89,6 +89,15 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def sum_products(a, b, acc, EXACT: tl.constexpr):
+    """``a @ b + acc`` for sums of gradients; 10 bits of float32 operands suffice unless EXACT."""
+    if EXACT or INTERPRETED or a.dtype != tl.float32:
+        return dot(a, b, acc)
+    else:
+        return tl.dot(a, b, acc=acc, input_precision="tf32")
+
+
+@triton.jit
 def precise_dot(a, b, acc):
     """`dot` with `a` in float32, whatever the type of `b`: a half-precision `a` is split into two terms."""
     if b.dtype == tl.float32:

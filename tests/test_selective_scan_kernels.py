@@ -96,8 +96,8 @@ def test_segments(monkeypatch, length, options):
 @pytest.mark.parametrize("length", [1, 16, 17, 31, 33, 64])
 def test_one_state_is_kept_within_tiles(length):
     """Forward takes more steps at a time than lie between the states that it keeps."""
-    assert kernels._forward_cut(1).tile > kernels._chunk(1)
-    compare_with_twin("selective_scan", selective_scan_inputs(states=1, length=length), torch.float32)
+    assert kernels._forward_cut(1, torch.bfloat16).tile > kernels._chunk(1)
+    compare_with_twin("selective_scan", selective_scan_inputs(states=1, length=length), torch.bfloat16)
 
 
 @pytest.mark.parametrize("scale", [dict(delta=1e4), dict(delta=-1e4), dict(u=1e15)], ids=str)
