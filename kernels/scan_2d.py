@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import scan_2d_states
+from .carry import hand_on
 from .launch import launch
 from .merge import merge, merge_projections
 from .route_plan import plan
@@ -25,6 +26,7 @@ from .tiles import (
     INTERPRETED,
     LN_2,
     LOG2_E,
+    entering_row,
     precise_dot,
     prefetch,
     rounded,
@@ -32,6 +34,7 @@ from .tiles import (
     softplus_log2,
     softplus_slope,
     sum_products,
+    task_of,
     tile_of,
 )
 
@@ -85,21 +88,15 @@ def _ask_for_tile(
 
 @triton.jit(do_not_specialize=["stride_n"])  # or states would be spread over lanes, for wider loads of A
 def _forward_kernel(
-    x, delta, A, B, C, D, weight, bias, positions, y, states,
+    x, delta, A, B, C, D, weight, bias, positions, begin, y, states,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
-    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_n, padded,
+    stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_n, padded, span,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, LAYOUT: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    pid = tl.program_id(0)
-    block = pid % blocks
-    segment = (pid // blocks) % SEGMENTS
-    k = ((pid // (blocks * SEGMENTS)) % ROUTES).to(tl.int64)
-    image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
-    line = k * SEGMENTS + segment
+    block, k, image, line, stretch, start, stop = task_of(padded, span, ROUTES, SEGMENTS, DIM, CHANNELS)
 
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < DIM
@@ -107,11 +104,14 @@ def _forward_kernel(
     n = tl.arange(0, STATE_BLOCK)
     if STATES == 1:
         decay_rate = tl.load(A + k * DIM + d, mask=mask, other=0.0)  # [CHANNELS]
-        h = tl.zeros([CHANNELS], tl.float32)
+        h = entering_row(begin, (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, span) + stretch, d, mask, DIM)
     else:
         some = (n < STATES)[:, None] & inside[None, :]
         decay_rate = tl.load(A + (k * STATES * DIM + d)[None, :] + n[:, None] * stride_n, mask=some, other=0.0)
         h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
+        if begin is not None:
+            begin += ((image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, span) + stretch) * STATES * DIM
+            h = tl.load(begin + n[:, None] * stride_n + d[None, :], mask=some, other=0.0)
     skip = 0.0 if D is None else tl.load(D + k * DIM + d, mask=mask, other=0.0)
     shift = 0.0 if bias is None else tl.load(bias + k * DIM + d, mask=mask, other=0.0) * LOG2_E
     x += image * stride_xb + k * stride_xk + block * CHANNELS
@@ -129,11 +129,12 @@ def _forward_kernel(
     else:
         delta += d
     positions += line * padded
-    y += (image * ROUTES * SEGMENTS + line) * padded * DIM + d
+    y += ((image * ROUTES * SEGMENTS + line) * padded + start) * DIM + d
     if KEEP > 0:
         states += (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, KEEP * TILE) * STATES * DIM + d
+        states += (start // (KEEP * TILE)) * STATES * DIM
 
-    for first in range(0, padded, TILE):
+    for first in range(start, stop, TILE):
         if KEEP > 0:
             if first % (KEEP * TILE) == 0:
                 if STATES == 1:
@@ -141,7 +142,7 @@ def _forward_kernel(
                 else:
                     tl.store(states[None, :] + n[:, None] * DIM, h, mask=some)
                 states += STATES * DIM
-        if first + TILE < padded:
+        if first + TILE < stop:
             _ask_for_tile(
                 first_x, delta, positions + first + TILE, last, stride_xl, stride_pl, TILE, CHANNELS,
                 WIDTH=RANK if LAYOUT == "apart" else RANK + 2 * STATES, WIDE=WIDE,
@@ -210,11 +211,11 @@ def _of_step(rows, j: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _backward_kernel(
-    x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
+    x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
     grad_x, grad_delta, parts, sums, grad_weight, walked,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
-    stride_di, stride_dl, padded, steps, part_size, sum_size,
+    stride_di, stride_dl, padded, span, steps, part_size, sum_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, CONTRACTED: tl.constexpr, COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
@@ -225,15 +226,10 @@ def _backward_kernel(
     The gradient of step sizes is contracted to its CONTRACTED low-rank numbers here, or, where that is 0, left in
     `grad_delta` as it is; then `walked` receives the low-rank step sizes in the order of the steps.
     """
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     width: tl.constexpr = CONTRACTED + 2
-    pid = tl.program_id(0)
-    block = pid % blocks
-    segment = (pid // blocks) % SEGMENTS
-    k = ((pid // (blocks * SEGMENTS)) % ROUTES).to(tl.int64)
-    image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
-    line = k * SEGMENTS + segment
+    block, k, image, line, stretch, start, stop = task_of(padded, span, ROUTES, SEGMENTS, DIM, CHANNELS)
     walk = image * ROUTES * SEGMENTS + line
+    share = walk * tl.cdiv(padded, span) + stretch  # of what is summed up over programs
 
     d = block * CHANNELS + tl.arange(0, CHANNELS)
     inside = d < DIM
@@ -263,21 +259,21 @@ def _backward_kernel(
         contract = tl.load(weight + place[None, :] * RANK + column[:, None], mask=some, other=0.0).to(low)
         sum_weight = tl.zeros([CHANNELS, RANK_BLOCK], tl.float32)
     else:
-        grad_delta += image * stride_di + line * stride_dl + padded * DIM + d
-    positions += line * padded + padded
+        grad_delta += image * stride_di + line * stride_dl + stop.to(tl.int64) * DIM + d
+    positions += line * padded + stop
     if written is not None:
-        written += line * padded + padded
-    grad_x += (walk * padded + padded) * DIM + d
-    states += (walk + 1) * (padded // TILE) * DIM + d
+        written += line * padded + stop
+    grad_x += (walk * padded + stop) * DIM + d
+    states += (walk * (padded // TILE) + stop // TILE) * DIM + d
     parts += block.to(tl.int64) * part_size + column[:, None]
-    parts += (walk * padded + padded + tl.arange(0, TILE)[None, :]) * width
+    parts += (walk * padded + stop + tl.arange(0, TILE)[None, :]) * width
 
-    back = tl.zeros([CHANNELS], tl.float32)  # gradient of the state, carried one step back
+    back = entering_row(end, share, d, mask, DIM)  # gradient of the state, carried one step back
     sum_decay = tl.zeros([CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
-    for behind in range(0, padded, TILE):
-        first = padded - behind - TILE
+    for behind in range(0, stop - start, TILE):
+        first = stop - behind - TILE
         positions -= TILE
         if written is not None:
             written -= TILE
@@ -366,7 +362,7 @@ def _backward_kernel(
             columns = sum_products(contract, slope, columns, EXACT)
             sum_weight = sum_products(slope, low_rank.to(low), sum_weight, EXACT)
         tl.store(parts, columns, mask=(column < width)[:, None] & (tl.arange(0, TILE) >= 0)[None, :])
-    sums += walk * DIM + d
+    sums += share * DIM + d
     tl.store(sums, sum_decay * LN_2, mask=mask)
     sums += sum_size
     tl.store(sums, sum_skip, mask=mask)
@@ -374,7 +370,84 @@ def _backward_kernel(
     tl.store(sums, sum_shift, mask=mask)
     if CONTRACTED > 0:
         some = inside[:, None] & (r < RANK)[None, :]
-        tl.store(grad_weight + (walk * DIM + d)[:, None] * RANK + r[None, :], sum_weight, mask=some)
+        tl.store(grad_weight + (share * DIM + d)[:, None] * RANK + r[None, :], sum_weight, mask=some)
+
+
+@triton.jit(do_not_specialize=["stride_n"])
+def _summary_kernel(
+    x, delta, A, matrix, weight, bias, positions, written, carry, totals,
+    stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk, stride_mb, stride_ml, stride_mk, stride_n,
+    padded, span, steps,
+    ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr, RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, CHANNELS: tl.constexpr, TILE: tl.constexpr,
+    SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """What a stretch does to what enters it: adds `carry` to it, after a decay for the sum of step sizes in `totals`.
+
+    What is carried are states, driven by x and B, or if TURNED gradients of states, from the end of the stretch to its
+    start, where `x` is the gradient of the output, at positions `written`, and `matrix` is C.
+    """
+    block, k, image, line, stretch, start, stop = task_of(padded, span, ROUTES, SEGMENTS, DIM, CHANNELS)
+    d = block * CHANNELS + tl.arange(0, CHANNELS)
+    inside = d < DIM
+    n = tl.arange(0, STATE_BLOCK)
+    some = (n < STATES)[:, None] & inside[None, :]
+    decay_rate = tl.load(A + (k * STATES * DIM + d)[None, :] + n[:, None] * stride_n, mask=some, other=0.0)
+    h = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
+    total = tl.zeros([CHANNELS], tl.float32)
+    shift = 0.0 if bias is None else tl.load(bias + k * DIM + d, mask=inside, other=0.0) * LOG2_E
+    x += image * stride_xb + k * stride_xk + d
+    matrix += image * stride_mb + k * stride_mk
+    delta += image * stride_pb + k * stride_pk
+    r = tl.arange(0, RANK_BLOCK)
+    if RANK > 0:
+        some_rank = inside[:, None] & (r < RANK)[None, :]
+        expand = tl.load(weight + (k * DIM + d)[:, None] * RANK + r[None, :], mask=some_rank, other=0.0) * LOG2_E
+    else:
+        delta += d
+    positions += line * padded
+    if written is not None:
+        written += line * padded
+
+    for behind in range(0, stop - start, TILE):
+        first = stop - behind - TILE if TURNED else start + behind
+        vs = ()
+        values = ()
+        rows = ()
+        if RANK > 0:
+            i = tl.load(positions + first + tl.arange(0, TILE))
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+            v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
+            vs = rows_of(v, TILE, CHANNELS)
+        for j in tl.static_range(TILE):
+            i = tl.load(positions + first + j)
+            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            rows = rows + (i,)
+            if RANK == 0:
+                vs = vs + (tl.load(delta + i * stride_pl, mask=inside, other=0.0).to(tl.float32) * LOG2_E,)
+            if written is not None:
+                i = tl.load(written + first + j)
+                i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            values = values + (tl.load(x + i * stride_xl, mask=inside, other=0.0),)
+        for j in tl.static_range(TILE - 1 if TURNED else 0, -1 if TURNED else TILE, -1 if TURNED else 1):
+            step = vs[j] + shift
+            if SOFTPLUS:
+                step = softplus_log2(step, EXACT)
+            value = values[j].to(tl.float32)
+            if TURNED:  # a turned sequence begins with the steps behind its end, which do nothing
+                step = tl.where(first + j < steps, step, 0.0)
+                value = tl.where(first + j < steps, value, 0.0)
+            else:
+                value *= step * LN_2
+            total += step
+            drive = tl.load(matrix + rows[j] * stride_ml + n, mask=n < STATES, other=0.0).to(tl.float32)
+            drive = drive[:, None] * value[None, :]
+            decay = tl.exp2(step[None, :] * decay_rate)
+            h = decay * (h + drive) if TURNED else decay * h + drive
+    share = (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, span) + stretch
+    tl.store(carry + share * STATES * DIM + n[:, None] * stride_n + d[None, :], h, mask=some)
+    tl.store(totals + share * DIM + d, total, mask=inside)
 
 
 class _Work(NamedTuple):
@@ -398,8 +471,23 @@ class _Work(NamedTuple):
     def rows(self) -> int:
         return self.routes * self.segments * self.padded
 
+    def programs(self, channels: int) -> int:
+        """Blocks of channels of all sequences."""
+        return self.images * self.routes * self.segments * ceil_div(self.dim, channels)
+
+    def span(self, channels: int) -> int:
+        """Steps of a stretch. A few long sequences are cut into stretches, and what enters each is found first."""
+        programs, unit = self.programs(channels), self.keep * TILE
+        if not 0 < programs < _FEW_PROGRAMS:
+            return self.padded
+        stretches = max(1, min(_MANY_PROGRAMS // programs, self.padded // _SHORTEST_STRETCH))
+        return ceil_div(ceil_div(self.padded, unit), stretches) * unit
+
 
 TILE = 16  # steps
+_FEW_PROGRAMS = 768
+_MANY_PROGRAMS = 3072  # 23 warps per multiprocessor of an H200
+_SHORTEST_STRETCH = 256  # steps
 _BACKWARD_REGISTERS = 168  # 12 warps per multiprocessor
 _PIECES = 16  # of the sum for the gradient of a route's step size weight
 
@@ -484,6 +572,35 @@ class _Call:
             *_route_strides(self.x), *self.delta.stride()[:3], *self.B.stride()[:3], *self.C.stride()[:3],
         )  # fmt: skip
 
+    def entering(self, channels: int, rates: Tensor, grad: Tensor | None = None) -> Tensor | None:
+        """What enters every stretch, (sequences, stretches, N, D): states, or gradients of states; None: nothing does.
+
+        Args:
+            channels: of a program of the scan.
+            rates: decay rates, (K, N, D).
+            grad: gradient of the output, for gradients of states.
+        """
+        work, turned = self.work, grad is not None
+        span = work.span(channels)
+        stretches = ceil_div(work.padded, span)
+        if stretches == 1:
+            return None
+        source, matrix = (self.x, self.B) if grad is None else (grad, self.C)
+        written = self.write.positions if turned and self.write is not self.read else None
+        sequences = work.images * work.routes * work.segments
+        carry = rates.new_empty(sequences, stretches, work.states, work.dim)
+        totals = rates.new_empty(sequences, stretches, work.dim)
+        launch(
+            _summary_kernel, (work.programs(channels) * stretches,),
+            source, self.delta, rates, matrix, self.weight, self.bias, self.read.positions, written, carry, totals,
+            *_route_strides(source), *self.delta.stride()[:3], *matrix.stride()[:3], work.dim,
+            work.padded, span, work.steps,
+            STATES=work.states, STATE_BLOCK=power_of_2(work.states), TURNED=turned, **self.constants(channels),
+        )  # fmt: skip
+        return hand_on(
+            carry, totals, rates, channels_last=True, routes=work.routes, segments=work.segments, turned=turned
+        )
+
     def constants(self, channels: int) -> dict:
         work = self.work
         return dict(
@@ -510,13 +627,13 @@ def _scan(call: _Call, states: Tensor | None) -> Tensor:
     work = call.work
     y = call.x.new_empty(work.images, work.rows, work.dim, dtype=_step_dtype(call.x))
     channels = _forward_channels(work)
-    grid = work.images * work.routes * work.segments * ceil_div(work.dim, channels)
-    if grid:
+    if work.programs(channels):
+        span, rates = work.span(channels), call.A.transpose(1, 2).contiguous()
         launch(
-            _forward_kernel, (grid,),
-            call.x, call.delta, call.A.transpose(1, 2).contiguous(), call.B, call.C, call.D, call.weight, call.bias,
-            call.read.positions, y, states,
-            *call.strides(), work.dim, work.padded,
+            _forward_kernel, (work.programs(channels) * ceil_div(work.padded, span),),
+            call.x, call.delta, rates, call.B, call.C, call.D, call.weight, call.bias,
+            call.read.positions, call.entering(channels, rates), y, states,
+            *call.strides(), work.dim, work.padded, span,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
             KEEP=0 if states is None else work.keep, LAYOUT=call.layout,
             **call.constants(channels),
@@ -627,28 +744,32 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
     grad_delta = None if contracted else x.new_empty(*order, work.padded, work.dim, dtype=dtype)
     walked = None if contracted or not work.rank else call.delta.new_empty(*order, work.padded, work.rank)
     parts = x.new_empty(blocks, work.images, work.rows, width, dtype=torch.float32)
-    sums = x.new_empty(work.states + 2, work.images, work.routes, work.segments, work.dim, dtype=torch.float32)
+    span = work.span(channels)
+    shares = work.segments * ceil_div(work.padded, span)  # of an image's route
+    sums = x.new_empty(work.states + 2, work.images, work.routes, shares, work.dim, dtype=torch.float32)
     of_weight = None
     if contracted:
-        shape = (work.images, work.routes, work.segments, work.dim * work.rank)
+        shape = (work.images, work.routes, shares, work.dim * work.rank)
         of_weight = x.new_empty(shape, dtype=torch.float32)
-    grid = work.images * lines * blocks
+    programs = work.programs(channels)
+    rates = call.A.transpose(1, 2).contiguous()
+    end = call.entering(channels, rates, grad) if programs else None
     strides = (*call.strides(), *_route_strides(grad))
     inputs = (x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions)
     outputs = (grad_x, grad_delta, parts, sums, of_weight)
     if work.states > 1:
         scan_2d_states.launch_backward(
-            *inputs, call.write.kept, states, grad, *outputs, strides, work.steps, TILE, work.keep,
+            *inputs, call.write.kept, states, grad, end, *outputs, strides, work.steps, TILE, work.keep, span,
             softplus=call.softplus, wide=call.wide,
         )  # fmt: skip
-    elif grid:
+    elif programs:
         step_strides = (work.padded * work.dim, work.images * work.padded * work.dim)  # of images and routes
         if work.rank == 0:
             step_strides = (work.rows * work.dim, work.padded * work.dim)
         launch(
-            _backward_kernel, (grid,),
-            *inputs, None if call.write is call.read else call.write.positions, states, grad, *outputs, walked,
-            *strides, *step_strides, work.padded, work.steps, parts.stride(0), sums.stride(0),
+            _backward_kernel, (programs * ceil_div(work.padded, span),),
+            *inputs, None if call.write is call.read else call.write.positions, states, grad, end, *outputs,
+            walked, *strides, *step_strides, work.padded, span, work.steps, parts.stride(0), sums.stride(0),
             CONTRACTED=contracted, COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
             LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two are slower here
             maxnreg=_BACKWARD_REGISTERS if contracted <= 16 else None, **call.constants(channels),

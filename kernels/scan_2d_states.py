@@ -24,6 +24,7 @@ from .tiles import (
     softplus_log2,
     softplus_slope,
     sum_products,
+    task_of,
 )
 
 _CHANNELS = 32
@@ -51,28 +52,24 @@ def _interleaved(a, b, low: tl.constexpr):
 # would otherwise spread the states over lanes to load several channels at once.
 @triton.jit(do_not_specialize=["stride_n", "sum_size", "scratch_size"])
 def _backward_kernel(
-    x, delta, A, B, C, D, weight, bias, positions, written, states, grad,
+    x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
     grad_x, grad_delta, parts, sums, grad_weight, scratch,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_gb, stride_gl, stride_gk,
-    stride_n, padded, part_size, sum_size, scratch_size,
+    stride_n, padded, span, part_size, sum_size, scratch_size,
     ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, STATES: tl.constexpr, STATE_BLOCK: tl.constexpr,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
     TILE: tl.constexpr, SUB: tl.constexpr, KEEP: tl.constexpr, COLUMNS: tl.constexpr,
     TAIL: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
     width: tl.constexpr = RANK + 2 * STATES
     chunk: tl.constexpr = KEEP * TILE
     # what the scratch buffer has of every step: the step size, or its argument where its slope wants that
     whole: tl.constexpr = SOFTPLUS and not EXACT
-    pid = tl.program_id(0)
-    block = pid % blocks
-    segment = (pid // blocks) % SEGMENTS
-    k = ((pid // (blocks * SEGMENTS)) % ROUTES).to(tl.int64)
-    image = (pid // (blocks * SEGMENTS * ROUTES)).to(tl.int64)
-    line = k * SEGMENTS + segment
+    block, k, image, line, stretch, begin, stop = task_of(padded, span, ROUTES, SEGMENTS, DIM, CHANNELS)
     walk = image * ROUTES * SEGMENTS + line
+    share = walk * tl.cdiv(padded, span) + stretch  # of what is summed up over programs
+    pid = tl.program_id(0)
 
     lane = tl.arange(0, CHANNELS)
     d = block * CHANNELS + lane
@@ -99,14 +96,13 @@ def _backward_kernel(
     # gradients of B and C of SUB steps: columns of a tile [STATE_BLOCK, COLUMNS], B and C of a step side by side
     part = parts + (column // 2 * width + column % 2 * STATES)[None, :] + (RANK + n)[:, None]
     part_mask = (n < STATES)[:, None] & (column < 2 * SUB)[None, :]
-    chunks = tl.cdiv(padded, chunk)
-    states += walk * chunks * STATES * DIM + d[None, :] + n[:, None] * stride_n
+    states += walk * tl.cdiv(padded, chunk) * STATES * DIM + d[None, :] + n[:, None] * stride_n
     t = tl.arange(0, TILE)
     r = tl.arange(0, RANK_BLOCK)
     some = inside[:, None] & (r < RANK)[None, :]
     if RANK > 0:
         weight += place[:, None] * RANK + r[None, :]
-        grad_weight += (walk * DIM + d)[:, None] * RANK + r[None, :]
+        grad_weight += (share * DIM + d)[:, None] * RANK + r[None, :]
     else:
         delta += d
         grad_delta += walk * padded * DIM + d
@@ -117,11 +113,14 @@ def _backward_kernel(
     states_of += n[:, None] * CHANNELS + lane[None, :]  # [chunk / SUB, STATE_BLOCK, CHANNELS]
 
     back = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)  # gradient of the state, carried one step back
+    if end is not None:
+        back += tl.load(end + share * STATES * DIM + d[None, :] + n[:, None] * stride_n, mask=kept, other=0.0)
     sum_decay = tl.zeros([STATE_BLOCK, CHANNELS], tl.float32)
     sum_skip = tl.zeros([CHANNELS], tl.float32)
     sum_shift = tl.zeros([CHANNELS], tl.float32)
-    for turn in tl.range(0, chunks, num_stages=1):
-        number = chunks - 1 - turn
+    last = tl.cdiv(stop, chunk) - 1
+    for turn in tl.range(0, last + 1 - begin // chunk, num_stages=1):
+        number = last - turn
         start = number * chunk
         count = tl.minimum(chunk, padded - start)
 
@@ -258,7 +257,7 @@ def _backward_kernel(
                 tl.store(grad_weight, dot(slope, low_rank.to(low), earlier), mask=some)
                 tl.debug_barrier()
         tl.debug_barrier()
-    sums += walk * DIM + d
+    sums += share * DIM + d
     tl.store(sums[None, :] + n.to(tl.int64)[:, None] * sum_size, sum_decay * LN_2, mask=kept)
     sums += sum_size.to(tl.int64) * STATES
     tl.store(sums, sum_skip, mask=mask)
@@ -267,10 +266,10 @@ def _backward_kernel(
 
 def launch_backward(
     x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, positions: Tensor, written: Tensor, states: Tensor, grad: Tensor,
+    bias: Tensor | None, positions: Tensor, written: Tensor, states: Tensor, grad: Tensor, end: Tensor | None,
     grad_x: Tensor, grad_delta: Tensor | None, parts: Tensor, sums: Tensor,
     grad_weight: Tensor | None,
-    strides: tuple[int, ...], steps: int, tile: int, keep: int, softplus: bool, wide: bool,
+    strides: tuple[int, ...], steps: int, tile: int, keep: int, span: int, softplus: bool, wide: bool,
 ) -> None:  # fmt: skip
     """Gradients of every step, where a channel has N > 1 states.
 
@@ -279,13 +278,15 @@ def launch_backward(
         positions, written: (K, S, padded) int32, where steps read and write; `written` is -1 behind the end.
         states: (B, K*S, chunks, N, D) float32, the state before every `keep` tiles.
         grad: gradient of the output, (B, L, D) or (B, L, K, D).
+        end: (B*K*S, stretches, N, D) float32, gradients of the states at the ends of stretches; None: zeros.
         grad_x: receives the gradient of x by step, (B, K*S*padded, D).
         grad_delta: likewise of delta, where it is given whole.
         parts: (D / 32 rounded up, B, K*S*padded, R + 2N) float32, receives those of low-rank delta, B and C.
-        sums: (N + 2, B, K*S, D) float32, receives those of A (first N), D and bias.
-        grad_weight: (B, K*S, D, R) float32, receives that of weight.
+        sums: (N + 2, B, K*S*stretches, D) float32, receives those of A (first N), D and bias.
+        grad_weight: (B, K*S*stretches, D, R) float32, receives that of weight.
         strides: three each, of image, position and route: of x, delta, B, C and grad.
         steps, tile, keep: steps of a sequence, of a tile, and tiles of a chunk.
+        span: steps of a stretch, whole chunks.
         softplus: whether step sizes are a softplus.
         wide: whether offsets need 64 bits.
     """
@@ -293,7 +294,7 @@ def launch_backward(
     images, dim, count = x.shape[0], x.shape[-1], A.shape[2]
     rank = 0 if weight is None else weight.shape[2]
     blocks = ceil_div(dim, _CHANNELS)
-    programs = images * routes * segments * blocks
+    programs = images * routes * segments * blocks * ceil_div(padded, span)
     if not programs:
         return
     state_block = max(16, power_of_2(count))
@@ -303,9 +304,9 @@ def launch_backward(
     scratch = states.new_empty(programs * scratch_size)
     launch(
         _backward_kernel, (programs,),
-        x, delta, A.transpose(1, 2).contiguous(), B, C, D, weight, bias, positions, written, states, grad,
+        x, delta, A.transpose(1, 2).contiguous(), B, C, D, weight, bias, positions, written, states, grad, end,
         grad_x, grad_delta, parts, sums, grad_weight, scratch,
-        *strides, dim, padded, parts.stride(0), sums.stride(0), scratch_size,
+        *strides, dim, padded, span, parts.stride(0), sums.stride(0), scratch_size,
         ROUTES=routes, SEGMENTS=segments, DIM=dim, STATES=count, STATE_BLOCK=state_block,
         RANK=rank, RANK_BLOCK=max(16, power_of_2(rank) if rank else 0), CHANNELS=_CHANNELS,
         TILE=tile, SUB=sub, KEEP=keep, COLUMNS=max(8, 2 * sub),

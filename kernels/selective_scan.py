@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from .carry import hand_on
 from .launch import launch
 from .sizes import ceil_div, power_of_2
 from .tiles import LN_2, LOG2_E, pinned, prefetch, rounded, rows_of, softplus_log2, softplus_slope, tile_of
@@ -461,28 +462,6 @@ def _summary_kernel(
     tl.store(totals + (image * segments + segment) * dim + d, tl.sum(total, 1), mask=inside)
 
 
-@triton.jit
-def _carry_kernel(
-    carry, totals, A, outer, entering, segments, size,
-    DIM: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """What enters every segment, (images, segments, DIM, STATES), from what enters the first: `outer`, or nothing."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    image = i // (DIM * STATES)
-    place = i % (DIM * STATES)
-    rate = tl.load(A + place, mask=inside, other=0.0)
-    h = tl.zeros([BLOCK], tl.float32)
-    if outer is not None:
-        h += tl.load(outer + i, mask=inside, other=0.0)
-    for turn in range(0, segments):
-        segment = segments - 1 - turn if TURNED else turn
-        at = image * segments + segment
-        tl.store(entering + at * (DIM * STATES) + place, h, mask=inside)
-        total = tl.load(totals + at * DIM + place // STATES, mask=inside, other=0.0)
-        h = tl.exp2(total * rate) * h + tl.load(carry + at * (DIM * STATES) + place, mask=inside, other=0.0)
-
-
 def _chunk(states: int) -> int:
     """Steps between the states that forward keeps: 16 states then take as much memory as a bfloat16 tensor."""
     return 16 if states == 1 else 32
@@ -593,14 +572,7 @@ class _Call:
             *_strides(u), *_strides(self.delta), *_strides(z), self.length, self.padded, self.span,
             TURNED=turned, **constants,
         )  # fmt: skip
-        entering = torch.empty_like(carry)
-        size = self.batch * self.dim * self.states
-        launch(
-            _carry_kernel, (ceil_div(size, 128),),
-            carry, totals, self.A, outer, entering, self.segments, size,
-            DIM=self.dim, STATES=self.states, BLOCK=128, TURNED=turned, num_warps=4,
-        )  # fmt: skip
-        return entering
+        return hand_on(carry, totals, self.A, outer, turned=turned)
 
     def strides(self) -> tuple[int, ...]:
         return *_strides(self.u), *_strides(self.delta), *_strides(self.z)

@@ -13,16 +13,16 @@ _ROWS = 128  # at once
 
 @triton.jit
 def _column_sums(
-    source, target, block, inner, routes, lines, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    source, target, block, inner, routes, segments, lines, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Sums of (images, routes, SEGMENTS, inner) over images and segments, columns of one block of (routes, inner)."""
+    """Sums of (images, routes, segments, inner) over images and segments, columns of one block of (routes, inner)."""
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < routes * inner
-    place = column + (column // inner) * ((SEGMENTS - 1) * inner)
+    place = column + (column // inner) * ((segments - 1) * inner)
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, lines, ROWS):
         line = first + tl.arange(0, ROWS)
-        row = (line // SEGMENTS).to(tl.int64) * (routes * SEGMENTS * inner) + (line % SEGMENTS) * inner
+        row = (line // segments).to(tl.int64) * (routes * segments * inner) + (line % segments) * inner
         mask = (line < lines)[:, None] & inside[None, :]
         sums += tl.load(source + row[:, None] + place[None, :], mask=mask, other=0.0)
     tl.store(target + column, tl.sum(sums, 0), mask=inside)
@@ -30,8 +30,8 @@ def _column_sums(
 
 @triton.jit
 def _sums_kernel(
-    parts, wide_parts, first_sums, next_sum, last_sum, wide_sums, inner, wide_inner, routes, lines, part_size,
-    FIRST: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    parts, wide_parts, first_sums, next_sum, last_sum, wide_sums, inner, wide_inner, routes, segments, lines,
+    part_size, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(routes * inner, COLUMNS)
     pid = tl.program_id(0)
@@ -40,15 +40,15 @@ def _sums_kernel(
     source = parts + number.to(tl.int64) * part_size
     if number < FIRST:
         target = first_sums + number * routes * inner
-        _column_sums(source, target, block, inner, routes, lines, SEGMENTS, ROWS, COLUMNS)
+        _column_sums(source, target, block, inner, routes, segments, lines, ROWS, COLUMNS)
     elif number == FIRST:
-        _column_sums(source, next_sum, block, inner, routes, lines, SEGMENTS, ROWS, COLUMNS)
+        _column_sums(source, next_sum, block, inner, routes, segments, lines, ROWS, COLUMNS)
     elif number == FIRST + 1:
-        _column_sums(source, last_sum, block, inner, routes, lines, SEGMENTS, ROWS, COLUMNS)
+        _column_sums(source, last_sum, block, inner, routes, segments, lines, ROWS, COLUMNS)
     else:
         if wide_parts is not None:
             block = pid - (FIRST + 2) * blocks
-            _column_sums(wide_parts, wide_sums, block, wide_inner, routes, lines, SEGMENTS, ROWS, COLUMNS)
+            _column_sums(wide_parts, wide_sums, block, wide_inner, routes, segments, lines, ROWS, COLUMNS)
 
 
 def sum_parts(parts: Tensor, wide_parts: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -73,7 +73,7 @@ def sum_parts(parts: Tensor, wide_parts: Tensor | None = None) -> tuple[Tensor, 
     if programs:
         launch(
             _sums_kernel, (programs,),
-            parts, wide_parts, first, following, last, wide, inner, wide_inner, routes, images * segments,
-            parts.stride(0), FIRST=count - 2, SEGMENTS=segments, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
+            parts, wide_parts, first, following, last, wide, inner, wide_inner, routes, segments,
+            images * segments, parts.stride(0), FIRST=count - 2, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
         )  # fmt: skip
     return first, following, last, wide

@@ -15,6 +15,35 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def task_of(
+    padded, span, ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """What a program of a scan along routes works on.
+
+    Block of channels, route, image, line (route and segment), number of the stretch, its first step, and that behind
+    its last.
+    """
+    blocks: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    stretches = tl.cdiv(padded, span)
+    pid = tl.program_id(0)
+    stretch = pid // blocks % stretches
+    walk = pid // (blocks * stretches)
+    line = (walk % (ROUTES * SEGMENTS)).to(tl.int64)
+    image = (walk // (ROUTES * SEGMENTS)).to(tl.int64)
+    start = stretch * span
+    return pid % blocks, line // SEGMENTS, image, line, stretch, start, tl.minimum(start + span, padded)
+
+
+@triton.jit
+def entering_row(rows, number, d, mask, DIM: tl.constexpr):
+    """Row `number` of `rows`, channels `d`; zeros where nothing enters."""
+    if rows is None:
+        return tl.zeros(d.shape, tl.float32)
+    else:
+        return tl.load(rows + number * DIM + d, mask=mask, other=0.0)
+
+
+@triton.jit
 def rows_of(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
     """[CHANNELS, STEPS] -> tuple of STEPS rows [CHANNELS]."""
     if STEPS == 1:

@@ -131,6 +131,40 @@ def test_high_rank_in_half_precision(monkeypatch, options):
     assert len(products) == 2
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(size=(5, 16)),
+        dict(size=(5, 11), routes="2", batch=2, dim=40),
+        dict(states=3, size=(9, 16)),
+        dict(states=3, size=(9, 15), write=True, routes="2", batch=2),
+        dict(rank=None, size=(7, 7), bias=False),
+        dict(rank=None, states=2, size=(12, 13), softplus=False),
+        dict(size=(10, 10), segment=50, write=True),
+        dict(per_route=True, merge=False, size=(6, 8), routes="2"),
+    ],
+    ids=str,
+)
+def test_stretches(monkeypatch, options):
+    """A few long routes are scanned in stretches at once."""
+    monkeypatch.setattr(kernels.scan_2d, "_SHORTEST_STRETCH", 16)
+    stretches = []
+    hand_on = kernels.scan_2d.hand_on
+    monkeypatch.setattr(
+        kernels.scan_2d,
+        "hand_on",
+        lambda carry, *args, **kw: stretches.append(carry.shape[1]) or hand_on(carry, *args, **kw),
+    )
+    compare_with_twin("scan_2d", small(**options), torch.float32)
+    assert len(stretches) == 2 and min(stretches) > 1  # forward and backward
+
+
+def test_stretches_of_high_rank(monkeypatch):
+    monkeypatch.setattr(kernels.scan_2d, "_SHORTEST_STRETCH", 16)
+    inputs = small(rank=18, dim=40, size=(7, 8), routes="2", batch=2, norm=True)
+    compare_with_twin("scan_2d", pack_projections(inputs), torch.bfloat16)
+
+
 def test_norm_without_bias():
     inputs = small(norm=True)
     del inputs["norm_bias"]
