@@ -112,6 +112,22 @@ def test_rows_of_any_width_are_merged(dim):
     compare_with_chunked(inputs, torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=identify)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(size=(90, 77), dim=96, rank=6, norm=True),
+        dict(size=(64, 64), dim=192, rank=24, batch=2),
+        dict(size=(60, 51), dim=48, rank=3, states=16),
+        dict(size=(48, 50), dim=40, rank=None, segment=1200, write=True),
+    ],
+    ids=str,
+)
+def test_stretches_of_long_routes(options, dtype):
+    """One or two large images fill a GPU when their routes are cut into stretches."""
+    compare_with_chunked(inputs_of(**dict(batch=1) | options), dtype)
+
+
 # How states are shared among lanes depends on the number of channels in all; short batches are cut into segments.
 SEQUENCES = {
     "many, gated": dict(batch=24, dim=768, length=70, states=16),
