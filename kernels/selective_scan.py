@@ -5,8 +5,8 @@ them. Few states per lane make many warps of few channels, which one long sequen
 step alone, such as the softplus of the step sizes, is computed with a lane per channel and step, and then spread over
 the lanes of the channel through shared memory; outputs come back the same way and are added up there. Backward walks
 the tiles from the end, starting from the states that forward kept, and leaves gradients of B and C per block of
-channels, which are added up afterwards. Where even that makes few warps, sequences are cut into segments: a first pass
-finds what every segment adds to what enters it, and so what enters the next.
+channels, which are added up afterwards. Where even that makes few warps, sequences are cut into stretches: a first pass
+finds what every stretch adds to what enters it, and so what enters the next.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .carry import hand_on
 from .launch import launch
 from .sizes import ceil_div, power_of_2
+from .sums import sum_parts
 from .tiles import LN_2, LOG2_E, pinned, prefetch, rounded, rows_of, softplus_log2, softplus_slope, tile_of
 
 
@@ -138,11 +139,11 @@ def _load_rows(pointers, mask, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _task(segments, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
-    """Block of channels, group, image and segment of a program."""
+def _task(stretches, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
+    """Block of channels, group, image and stretch of a program."""
     pid = tl.program_id(0)
-    image = (pid // (BLOCKS * segments * GROUPS)).to(tl.int64)
-    return pid % BLOCKS, (pid // (BLOCKS * segments)) % GROUPS, image, (pid // BLOCKS) % segments
+    image = (pid // (BLOCKS * stretches * GROUPS)).to(tl.int64)
+    return pid % BLOCKS, (pid // (BLOCKS * stretches)) % GROUPS, image, (pid // BLOCKS) % stretches
 
 
 @triton.jit
@@ -174,11 +175,11 @@ def _forward_kernel(
 ):  # fmt: skip
     lanes: tl.constexpr = CHANNELS * SHARE
     dim: tl.constexpr = GROUPS * GROUP
-    segments = tl.cdiv(length, span)
-    block, group, image, segment = _task(segments, (GROUP + CHANNELS - 1) // CHANNELS, GROUPS)
-    start = segment * span
+    stretches = tl.cdiv(length, span)
+    block, group, image, stretch = _task(stretches, (GROUP + CHANNELS - 1) // CHANNELS, GROUPS)
+    start = stretch * span
     stop = tl.minimum(start + span, length)
-    ends = (image * segments + segment) * (dim * STATES)
+    ends = (image * stretches + stretch) * (dim * STATES)
 
     # a lane has OWN states of a channel
     place, some = _states_of(block, group, GROUP, STATES, SHARE, OWN, CHANNELS)
@@ -243,7 +244,7 @@ def _forward_kernel(
                 tl.store(ungated + row + first, rounded(out, ungated.dtype.element_ty), mask=mask)
             out *= gate / (1.0 + tl.exp2(-gate * LOG2_E))
         tl.store(y + row + first, rounded(out, y.dtype.element_ty), mask=mask)
-    if segment == segments - 1:
+    if stretch == stretches - 1:
         tl.store(last + image * (dim * STATES) + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
 
 
@@ -262,11 +263,11 @@ def _backward_kernel(
     blocks: tl.constexpr = (GROUP + CHANNELS - 1) // CHANNELS
     dim: tl.constexpr = GROUPS * GROUP
     tiles: tl.constexpr = CHUNK // TILE
-    segments = tl.cdiv(length, span)
-    block, group, image, segment = _task(segments, blocks, GROUPS)
-    start = segment * span
+    stretches = tl.cdiv(length, span)
+    block, group, image, stretch = _task(stretches, blocks, GROUPS)
+    start = stretch * span
     stop = tl.minimum(start + span, length)
-    ends = (image * segments + segment) * (dim * STATES)
+    ends = (image * stretches + stretch) * (dim * STATES)
 
     place, some = _states_of(block, group, GROUP, STATES, SHARE, OWN, CHANNELS)
     rates = _load_rows(A + place, some, lanes, OWN)
@@ -383,7 +384,7 @@ def _backward_kernel(
             tl.store(parts + part + first * state_block, _sum_channels(of_b, SHARE, CHANNELS, TILE * OWN))
             tl.store(parts + part + part_c + first * state_block, _sum_channels(of_c, SHARE, CHANNELS, TILE * OWN))
     tl.store(grad_A + ends + place, tile_of(sum_decays, 0, 1, OWN, lanes) * LN_2, mask=some)
-    d += (image * segments + segment) * dim
+    d += (image * stretches + stretch) * dim
     tl.store(sums + d, tl.sum(sum_skip, 1), mask=inside)
     tl.store(sums + sum_size + d, tl.sum(sum_shift, 1), mask=inside)
 
@@ -396,18 +397,18 @@ def _summary_kernel(
     CHANNELS: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr,
     TURNED: tl.constexpr,
 ):  # fmt: skip
-    """What a segment does to what enters it: adds `carry` to it, after a decay for the sum of step sizes in `totals`.
+    """What a stretch does to what enters it: adds `carry` to it, after a decay for the sum of step sizes in `totals`.
 
-    What is carried are states, driven by u and B, or if TURNED gradients of states, from the end of the segment to its
+    What is carried are states, driven by u and B, or if TURNED gradients of states, from the end of the stretch to its
     start, where `u` is the gradient of the output and `matrix` is C.
     """
     lanes: tl.constexpr = CHANNELS * SHARE
     dim: tl.constexpr = GROUPS * GROUP
-    segments = tl.cdiv(length, span)
-    block, group, image, segment = _task(segments, (GROUP + CHANNELS - 1) // CHANNELS, GROUPS)
-    start = segment * span
+    stretches = tl.cdiv(length, span)
+    block, group, image, stretch = _task(stretches, (GROUP + CHANNELS - 1) // CHANNELS, GROUPS)
+    start = stretch * span
     stop = tl.minimum(start + span, length)
-    ends = (image * segments + segment) * (dim * STATES)
+    ends = (image * stretches + stretch) * (dim * STATES)
 
     place, some = _states_of(block, group, GROUP, STATES, SHARE, OWN, CHANNELS)
     rates = _load_rows(A + place, some, lanes, OWN)
@@ -459,7 +460,7 @@ def _summary_kernel(
                 after = after + (decay * (hs[r] + drive) if TURNED else decay * hs[r] + drive,)
             hs = after
     tl.store(carry + ends + place, tile_of(hs, 0, 1, OWN, lanes), mask=some)
-    tl.store(totals + (image * segments + segment) * dim + d, tl.sum(total, 1), mask=inside)
+    tl.store(totals + (image * stretches + stretch) * dim + d, tl.sum(total, 1), mask=inside)
 
 
 def _chunk(states: int) -> int:
@@ -492,7 +493,7 @@ class _Cut(NamedTuple):
 
 _FEW_WARPS = 1024
 _MANY_WARPS = 4096  # more than an H200 holds at a time
-_SHORTEST_SEGMENT = 256  # steps
+_SHORTEST_STRETCH = 256  # steps
 
 
 def _forward_cut(states: int, dtype: torch.dtype) -> _Cut:
@@ -520,7 +521,7 @@ class _Call:
         self.batch, self.dim, self.length = u.shape
         self.groups, self.states = B.shape[1], A.shape[1]
         self.chunk = _chunk(self.states)
-        unit = max(self.chunk, cut.tile)  # segments are whole chunks and whole tiles
+        unit = max(self.chunk, cut.tile)  # stretches are whole chunks and whole tiles
         self.padded = ceil_div(self.length, unit) * unit
         self.share = max(1, power_of_2(self.states) // cut.own)
         self.channels = max(1, 32 * cut.warps // self.share)
@@ -528,21 +529,21 @@ class _Call:
         self.A, self.D, self.bias = _float32(A), _float32(D), _float32(delta_bias)
         self.B, self.C = self._blocked(B), self._blocked(C)
         self.softplus = delta_softplus
-        # a few long sequences are cut into segments, whose entering states are found first
+        # a few long sequences are cut into stretches, whose entering states are found first
         warps = ceil_div(self.batch * self.dim * power_of_2(self.states), 32 * cut.own)
         self.span = self.padded
         if 0 < warps < _FEW_WARPS:
-            segments = min(_MANY_WARPS // warps, self.length // _SHORTEST_SEGMENT)
-            self.span = ceil_div(self.padded // unit, max(segments, 1)) * unit
-        self.segments = ceil_div(self.padded, self.span)
+            stretches = min(_MANY_WARPS // warps, self.length // _SHORTEST_STRETCH)
+            self.span = ceil_div(self.padded // unit, max(stretches, 1)) * unit
+        self.stretches = ceil_div(self.padded, self.span)
 
     @property
     def grid(self) -> tuple[int]:
-        return (self.batch * self.groups * self.segments * self.programs,)
+        return (self.batch * self.groups * self.stretches * self.programs,)
 
     @property
     def programs(self) -> int:
-        """Per image, group and segment."""
+        """Per image, group and stretch."""
         return ceil_div(self.dim // self.groups, self.channels)
 
     def _blocked(self, matrix: Tensor) -> Tensor:
@@ -562,8 +563,8 @@ class _Call:
         return matrix.reshape(self.batch, self.groups, own * share, self.padded)[:, :, : self.states, : self.length]
 
     def entering(self, turned: bool, u: Tensor, matrix: Tensor, z: Tensor | None, outer: Tensor | None) -> Tensor:
-        """What enters every segment, (batch, segments, dim, N): states, or if `turned` their gradients."""
-        carry = u.new_empty(self.batch, self.segments, self.dim, self.states, dtype=torch.float32)
+        """What enters every stretch, (batch, stretches, dim, N): states, or if `turned` their gradients."""
+        carry = u.new_empty(self.batch, self.stretches, self.dim, self.states, dtype=torch.float32)
         totals = u.new_empty(carry.shape[:3], dtype=torch.float32)
         constants = self.constants() | dict(TILE=16)
         launch(
@@ -616,7 +617,7 @@ def forward(
     last = u.new_empty(call.batch, call.dim, call.states, dtype=torch.float32)
     ungated, kept = empty_saved(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save) if save else (None, None)
     if u.numel():
-        begin = call.entering(False, call.u, call.B, None, None) if call.segments > 1 else None
+        begin = call.entering(False, call.u, call.B, None, None) if call.stretches > 1 else None
         launch(
             _forward_kernel, call.grid,
             call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias, begin,
@@ -643,24 +644,26 @@ def backward(
     if z is not None:
         grads["z"] = z.new_empty(u.shape)
     parts = u.new_empty(2, call.programs, call.B.numel(), dtype=torch.float32)  # of B and of C, per program
-    by_segment = u.new_empty(call.batch, call.segments, call.dim, call.states, dtype=torch.float32)
-    sums = u.new_empty(2, call.batch, call.segments, call.dim, dtype=torch.float32)  # of D and of delta_bias
+    by_stretch = u.new_empty(call.batch, call.stretches, call.dim, call.states, dtype=torch.float32)
+    sums = u.new_empty(2, call.batch, call.stretches, call.dim, dtype=torch.float32)  # of D and of delta_bias
     if u.numel():
-        if call.segments > 1:
+        if call.stretches > 1:
             end = call.entering(True, grad, call.C, call.z, end)
         launch(
             _backward_kernel, call.grid,
             call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias,
             None if z is None else ungated, states, grad, end,
-            grads["u"], grads["delta"], grads.get("z"), parts, by_segment, sums,
+            grads["u"], grads["delta"], grads.get("z"), parts, by_stretch, sums,
             *call.strides(), *_strides(grad),
             call.length, call.padded, call.span, parts.stride(1), sums.stride(0),
             CHUNK=call.chunk, **call.constants(),
         )  # fmt: skip
     grads["B"], grads["C"] = (call.unblocked(part) for part in parts.sum(1))
-    grads["A"] = by_segment.sum((0, 1))
+    # parts of all images and stretches: (2, parts, 1, 1, dim) and (parts, 1, 1, dim * N)
+    _, of_skip, of_bias, of_decay = sum_parts(sums.view(2, -1, 1, 1, call.dim), by_stretch.view(-1, 1, 1, A.numel()))
+    grads["A"] = of_decay.view(A.shape)
     if D is not None:
-        grads["D"] = sums[0].sum((0, 1))
+        grads["D"] = of_skip.view(call.dim)
     if delta_bias is not None:
-        grads["delta_bias"] = sums[1].sum((0, 1))
+        grads["delta_bias"] = of_bias.view(call.dim)
     return grads

@@ -81,16 +81,16 @@ def test_every_cut(monkeypatch, forward, backward, states):
     ids=str,
 )
 @pytest.mark.parametrize("length", [64, 107])
-def test_segments(monkeypatch, length, options):
-    """A few long sequences are scanned in segments at once."""
-    monkeypatch.setattr(kernels, "_SHORTEST_SEGMENT", 32)
-    segments = []
+def test_stretches(monkeypatch, length, options):
+    """A few long sequences are scanned in stretches at once."""
+    monkeypatch.setattr(kernels, "_SHORTEST_STRETCH", 32)
+    stretches = []
     entering = kernels._Call.entering
     monkeypatch.setattr(
-        kernels._Call, "entering", lambda call, *args: segments.append(call.segments) or entering(call, *args)
+        kernels._Call, "entering", lambda call, *args: stretches.append(call.stretches) or entering(call, *args)
     )
     compare_with_twin("selective_scan", selective_scan_inputs(length=length, **options), torch.float32)
-    assert len(segments) == 2 and min(segments) > 1  # forward and backward
+    assert len(stretches) == 2 and min(stretches) > 1  # forward and backward
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 31, 33, 64])
