@@ -488,6 +488,7 @@ TILE = 16  # steps
 _FEW_PROGRAMS = 768
 _MANY_PROGRAMS = 3072  # 23 warps per multiprocessor of an H200
 _SHORTEST_STRETCH = 256  # steps
+_BACKWARD_CHANNELS = 32
 _BACKWARD_REGISTERS = 168  # 12 warps per multiprocessor
 _PIECES = 16  # of the sum for the gradient of a route's step size weight
 
@@ -731,63 +732,25 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
         grad: (B, L, D) or (B, L, K, D), of the output before a norm, contiguous in channels.
         states: what forward kept.
     """
-    work, x, dtype = call.work, call.x, _step_dtype(call.x)
+    work, x = call.work, call.x
     call.wide |= grad.stride(1) * work.length > _INT32_LIMIT
-    channels = 32
-    blocks = ceil_div(work.dim, channels)
-    lines = work.routes * work.segments
-    contracted = 0 if _contracts_outside(work, dtype) else work.rank
-    width = contracted + 2 * work.states
-    grad_x = x.new_empty(work.images, work.rows, work.dim, dtype=dtype)
-    # steps by image and route, or by route and image where matrix products follow, one for each route
-    order = (work.images, lines) if work.rank == 0 else (lines, work.images)
-    grad_delta = None if contracted else x.new_empty(*order, work.padded, work.dim, dtype=dtype)
-    walked = None if contracted or not work.rank else call.delta.new_empty(*order, work.padded, work.rank)
-    parts = x.new_empty(blocks, work.images, work.rows, width, dtype=torch.float32)
-    span = work.span(channels)
-    shares = work.segments * ceil_div(work.padded, span)  # of an image's route
-    sums = x.new_empty(work.states + 2, work.images, work.routes, shares, work.dim, dtype=torch.float32)
-    of_weight = None
-    if contracted:
-        shape = (work.images, work.routes, shares, work.dim * work.rank)
-        of_weight = x.new_empty(shape, dtype=torch.float32)
-    programs = work.programs(channels)
-    rates = call.A.transpose(1, 2).contiguous()
-    end = call.entering(channels, rates, grad) if programs else None
-    strides = (*call.strides(), *_route_strides(grad))
-    inputs = (x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions)
-    outputs = (grad_x, grad_delta, parts, sums, of_weight)
-    if work.states > 1:
-        scan_2d_states.launch_backward(
-            *inputs, call.write.kept, states, grad, end, *outputs, strides, work.steps, TILE, work.keep, span,
-            softplus=call.softplus, wide=call.wide,
-        )  # fmt: skip
-    elif programs:
-        step_strides = (work.padded * work.dim, work.images * work.padded * work.dim)  # of images and routes
-        if work.rank == 0:
-            step_strides = (work.rows * work.dim, work.padded * work.dim)
-        launch(
-            _backward_kernel, (programs * ceil_div(work.padded, span),),
-            *inputs, None if call.write is call.read else call.write.positions, states, grad, end, *outputs,
-            walked, *strides, *step_strides, work.padded, span, work.steps, parts.stride(0), sums.stride(0),
-            CONTRACTED=contracted, COLUMNS=max(16, power_of_2(width)), TAIL=work.padded != work.steps,
-            LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two are slower here
-            maxnreg=_BACKWARD_REGISTERS if contracted <= 16 else None, **call.constants(channels),
-        )  # fmt: skip
+    parts = _StepGradients(call)
+    if work.programs(_BACKWARD_CHANNELS):
+        _launch_backward(call, grad, states, parts)
     by_route = call.read.by_route
     grads, low_rank = _empty_projections(call)
     of_rank = None
-    if walked is not None:
-        of_rank, grads["dt_weight"] = _contract(call, grad_delta, walked)
-    merge_projections(parts, by_route, low_rank, grads["B"], grads["C"], of_rank)
+    if parts.walked is not None:
+        of_rank, grads["dt_weight"] = _contract(call, parts.delta, parts.walked)
+    merge_projections(parts.projections, by_route, low_rank, grads["B"], grads["C"], of_rank)
     grads["x"] = x.new_empty(x.shape)
-    merge(grad_x, call.read.merged if x.dim() == 3 else by_route, _targets(grads["x"]))
+    merge(parts.x, call.read.merged if x.dim() == 3 else by_route, _targets(grads["x"]))
     if low_rank is None:
         grads["delta"] = call.delta.new_empty(call.delta.shape)
-        merge(grad_delta.view(grad_x.shape), by_route, _targets(grads["delta"]))
+        merge(parts.delta.view(parts.x.shape), by_route, _targets(grads["delta"]))
     else:
         grads["delta"] = low_rank
-    of_decay, of_skip, of_shift, of_weight = sum_parts(sums, of_weight)
+    of_decay, of_skip, of_shift, of_weight = sum_parts(parts.sums, parts.weight)
     grads["A"] = of_decay.permute(1, 2, 0)  # (N, K, D) -> (K, D, N)
     if call.D is not None:
         grads["D"] = of_skip
@@ -796,6 +759,68 @@ def _scan_backward(call: _Call, grad: Tensor, states: Tensor) -> dict[str, Tenso
     if of_weight is not None:
         grads["dt_weight"] = of_weight.view(work.routes, work.dim, work.rank)
     return grads
+
+
+class _StepGradients:
+    """What the backward kernels leave, empty: by step, or by sequence and stretch.
+
+    Attributes:
+        span: steps of a stretch.
+        contracted: rank of the gradient of low-rank step sizes in `projections`; 0: it is in `delta`, at full width.
+        x: (B, rows, D).
+        delta: by step, of full step sizes, or None.
+        delta_strides: of images and of lines of `delta`, in numbers.
+        walked: (K*S, B, padded, R), receives the low-rank step sizes in the order of `delta`, or None.
+        projections: (blocks of channels, B, rows, contracted + 2N) float32.
+        sums: (N + 2, B, K, S*stretches, D) float32, of A, D and bias.
+        weight: (B, K, S*stretches, D*R) float32, or None.
+    """
+
+    def __init__(self, call: _Call):
+        work, x, dtype = call.work, call.x, _step_dtype(call.x)
+        lines, blocks = work.routes * work.segments, ceil_div(work.dim, _BACKWARD_CHANNELS)
+        outside = _contracts_outside(work, dtype)
+        self.span = work.span(_BACKWARD_CHANNELS)
+        self.contracted = 0 if outside else work.rank
+        self.x = x.new_empty(work.images, work.rows, work.dim, dtype=dtype)
+        self.delta = self.walked = self.weight = None
+        self.delta_strides = (work.rows * work.dim, work.padded * work.dim)
+        if outside:  # the matrix products, one for each route, want its steps together
+            self.delta_strides = (work.padded * work.dim, work.images * work.padded * work.dim)
+            self.delta = x.new_empty(lines, work.images, work.padded, work.dim, dtype=dtype)
+            self.walked = call.delta.new_empty(lines, work.images, work.padded, work.rank)
+        elif not work.rank:
+            self.delta = torch.empty_like(self.x)
+        width = self.contracted + 2 * work.states
+        self.projections = x.new_empty(blocks, work.images, work.rows, width, dtype=torch.float32)
+        shares = (work.images, work.routes, work.segments * ceil_div(work.padded, self.span))
+        self.sums = x.new_empty(work.states + 2, *shares, work.dim, dtype=torch.float32)
+        if self.contracted:
+            self.weight = x.new_empty(*shares, work.dim * work.rank, dtype=torch.float32)
+
+
+def _launch_backward(call: _Call, grad: Tensor, states: Tensor, parts: _StepGradients) -> None:
+    work = call.work
+    end = call.entering(_BACKWARD_CHANNELS, call.A.transpose(1, 2).contiguous(), grad)
+    inputs = (call.x, call.delta, call.A, call.B, call.C, call.D, call.weight, call.bias, call.read.positions)
+    outputs = (parts.x, parts.delta, parts.projections, parts.sums, parts.weight)
+    strides = (*call.strides(), *_route_strides(grad))
+    if work.states > 1:
+        scan_2d_states.launch_backward(
+            *inputs, call.write.kept, states, grad, end, *outputs, strides, work.steps, TILE, work.keep, parts.span,
+            softplus=call.softplus, wide=call.wide,
+        )  # fmt: skip
+        return
+    launch(
+        _backward_kernel, (work.programs(_BACKWARD_CHANNELS) * ceil_div(work.padded, parts.span),),
+        *inputs, None if call.write is call.read else call.write.positions, states, grad, end, *outputs,
+        parts.walked, *strides, *parts.delta_strides, work.padded, parts.span, work.steps,
+        parts.projections.stride(0), parts.sums.stride(0),
+        CONTRACTED=parts.contracted, COLUMNS=max(16, power_of_2(parts.contracted + 2)),
+        TAIL=work.padded != work.steps,
+        LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two are slower here
+        maxnreg=_BACKWARD_REGISTERS if parts.contracted <= 16 else None, **call.constants(_BACKWARD_CHANNELS),
+    )  # fmt: skip
 
 
 def _empty_projections(call: _Call) -> tuple[dict[str, Tensor], Tensor | None]:
