@@ -58,6 +58,13 @@ def _clear_errors(kinds: tuple[type[Exception], ...] = EXPECTED) -> Iterator[Non
         raise SystemExit(1) from None
 
 
+def _leave_process_group() -> None:
+    """Part from the other processes: one that ends with its group open may be aborted on its way out."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 # What is wrong with a config shows when it is built, as one of these.
 _BUILDING = (*EXPECTED, ValueError, TypeError, KeyError, OSError)
 
@@ -103,6 +110,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         runner.build_training()
     with _clear_errors():
         runner.train()
+    _leave_process_group()
     return 0
 
 
@@ -144,6 +152,7 @@ def test(argv: Sequence[str] | None = None) -> int:
         metrics = runner.test()
         if runner.rank == 0:
             _report_test(metrics, find_evaluation(runner.test_evaluator), cfg.work_dir, args.out)
+    _leave_process_group()
     return 0
 
 
