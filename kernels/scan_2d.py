@@ -4,7 +4,9 @@ The work is the recurrence of Mamba (arXiv 2312.00752) along the routes of VMamb
 `vision_ssm.ops.scan_2d` defines it. One program walks one route of one image for a block of channels, a lane per
 channel, a tile of steps at a time: it gathers whole rows of channels, forms the step sizes of the tile with one matrix
 product from their low-rank form, and runs the recurrence in registers. Outputs are written step after step, and
-`merge` adds up the routes. Backward walks the tiles from the end, starting each from the state that forward kept.
+`merge` adds up the routes. Backward walks the tiles from the end, starting each from the state that forward kept. A
+few long routes are cut into stretches that are scanned at once: a first pass finds what every stretch adds to what
+enters it, and `carry` what enters the next.
 """
 
 import math

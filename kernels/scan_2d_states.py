@@ -1,9 +1,10 @@
 """Backward of the scan of a map along routes, several states per channel.
 
-One program is one warp: one route of one image for 32 channels, a lane per channel, with the states of a channel in the
-registers of its lane. It takes chunks of steps from the end. Each starts from the state that forward kept; a sweep
-forwards leaves the state of every few steps in a scratch buffer, and a sweep backwards recomputes those few steps in
-registers and carries the gradient through them. Sums over channels, the gradients of B and C, are matrix products.
+One program is one warp: one route of one image, or a stretch of it, for 32 channels, a lane per channel, with the
+states of a channel in the registers of its lane. It takes chunks of steps from the end. Each starts from the state that
+forward kept; a sweep forwards leaves the state of every few steps in a scratch buffer, and a sweep backwards recomputes
+those few steps in registers and carries the gradient through them. Sums over channels, the gradients of B and C, are
+matrix products.
 """
 
 import torch
