@@ -29,6 +29,8 @@ from .tiles import (
     LN_2,
     LOG2_E,
     entering_row,
+    entries,
+    of_step,
     precise_dot,
     prefetch,
     rounded,
@@ -44,13 +46,12 @@ _INT32_LIMIT = 2**31 - 1
 
 
 @triton.jit
-def _projections(
+def _state_projections(
     delta, B, C, i, n, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, STATES: tl.constexpr, LAYOUT: tl.constexpr
 ):
-    """B and C at position `i`: numbers of one state, else rows [STATE_BLOCK].
+    """B and C at position `i`: rows [STATE_BLOCK] of states `n`.
 
-    LAYOUT "apart": three tensors; "packed": one tensor, whose rows are delta, B and C; "pairs": the same in bfloat16
-    with one state, where B and C are the halves of one aligned word.
+    LAYOUT "apart": three tensors; "packed": one tensor, whose rows are delta, B and C.
     """
     if LAYOUT == "apart":
         b = B + i * stride_bl
@@ -58,34 +59,43 @@ def _projections(
     else:
         b = delta + i * stride_pl + RANK
         c = b + STATES
-    if LAYOUT == "pairs":
-        pair = tl.load(b.to(tl.pointer_type(tl.uint32)))
-        return (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
-    elif STATES == 1:
-        return tl.load(b).to(tl.float32), tl.load(c).to(tl.float32)
-    else:
-        some = n < STATES
-        return tl.load(b + n, mask=some, other=0.0).to(tl.float32), tl.load(c + n, mask=some, other=0.0).to(tl.float32)
+    some = n < STATES
+    return tl.load(b + n, mask=some, other=0.0).to(tl.float32), tl.load(c + n, mask=some, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _ask_for_tile(
-    x, delta, positions, last, stride_xl, stride_pl,
-    TILE: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Bring what the steps of a tile read into the cache, one sector of 32 bytes per lane, without a register.
+def _step_projections(
+    delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, LAYOUT: tl.constexpr
+):
+    """B and C of one state at positions `i`, both [TILE]; see `_state_projections` for LAYOUT."""
+    if LAYOUT == "apart":
+        return tl.load(B + i * stride_bl), tl.load(C + i * stride_cl)
+    else:
+        b = delta + i * stride_pl + RANK
+        return tl.load(b), tl.load(b + 1)
 
-    `x` points at the first of the program's channels; `last` is the last of them that exists. Rows of projections are
-    WIDTH numbers long, and in the cache with their two ends if they are not too long; 0: none.
+
+@triton.jit
+def _tile_of_shifts(shift, CHANNELS: tl.constexpr, TILE: tl.constexpr):
+    """What every step size begins with: [CHANNELS, TILE]."""
+    return tl.broadcast_to((tl.zeros([CHANNELS], tl.float32) + shift)[:, None], [CHANNELS, TILE])
+
+
+@triton.jit
+def _ask_for_rows(x, i, last, stride, CHANNELS: tl.constexpr):
+    """Bring the rows at positions `i`, [TILE], into the cache, one sector of 32 bytes per lane, without a register.
+
+    `x` points at the first of the program's channels; `last` is the last of them that exists.
     """
-    i = tl.load(positions + tl.arange(0, TILE))[:, None]
-    i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
     sector: tl.constexpr = 256 // x.dtype.element_ty.primitive_bitwidth
-    prefetch(x + i * stride_xl + tl.minimum(tl.arange(0, CHANNELS // sector) * sector, last)[None, :])
-    if WIDTH > 0:
-        prefetch(delta + i * stride_pl + (WIDTH - 1))
-        if WIDTH * delta.dtype.element_ty.primitive_bitwidth > 128:
-            prefetch(delta + i * stride_pl)
+    prefetch(x + (i * stride)[:, None] + tl.minimum(tl.arange(0, CHANNELS // sector) * sector, last)[None, :])
+
+
+@triton.jit
+def _low_rank_rows(delta, i, stride, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """Low-rank step sizes at positions `i`: [TILE, RANK_BLOCK]."""
+    r = tl.arange(0, RANK_BLOCK)
+    return tl.load(delta + (i * stride)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["stride_n"])  # or states would be spread over lanes, for wider loads of A
@@ -98,6 +108,10 @@ def _forward_kernel(
     TILE: tl.constexpr, SOFTPLUS: tl.constexpr, EXACT: tl.constexpr, WIDE: tl.constexpr, LAYOUT: tl.constexpr,
     KEEP: tl.constexpr,
 ):  # fmt: skip
+    # Low-rank step sizes of one state are a tile ahead: their matrix product then stands behind the loop's other work,
+    # where nobody waits for it, and as it stands before the loop too, its weight is brought into place there, once.
+    # With several states the compiler would compute step sizes anew in every lane that holds some of them.
+    ahead: tl.constexpr = STATES == 1 and RANK > 0
     block, k, image, line, stretch, start, stop = task_of(padded, span, ROUTES, SEGMENTS, DIM, CHANNELS)
 
     d = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -117,25 +131,26 @@ def _forward_kernel(
     skip = 0.0 if D is None else tl.load(D + k * DIM + d, mask=mask, other=0.0)
     shift = 0.0 if bias is None else tl.load(bias + k * DIM + d, mask=mask, other=0.0) * LOG2_E
     x += image * stride_xb + k * stride_xk + block * CHANNELS
-    first_x = x
-    x += tl.arange(0, CHANNELS)
+    lane = tl.arange(0, CHANNELS)
     last = tl.minimum(CHANNELS, DIM - block * CHANNELS) - 1
     B += image * stride_bb + k * stride_bk
     C += image * stride_cb + k * stride_ck
     delta += image * stride_pb + k * stride_pk
-    r = tl.arange(0, RANK_BLOCK)
     if RANK > 0:
+        r = tl.arange(0, RANK_BLOCK)
         expand = tl.load(
             weight + (k * DIM + d)[:, None] * RANK + r[None, :], mask=inside[:, None] & (r < RANK)[None, :], other=0.0
         ) * LOG2_E  # [CHANNELS, RANK_BLOCK]
-    else:
-        delta += d
+        shifts = _tile_of_shifts(shift if ahead else 0.0, CHANNELS, TILE)
     positions += line * padded
     y += ((image * ROUTES * SEGMENTS + line) * padded + start) * DIM + d
     if KEEP > 0:
         states += (image * ROUTES * SEGMENTS + line) * tl.cdiv(padded, KEEP * TILE) * STATES * DIM + d
         states += (start // (KEEP * TILE)) * STATES * DIM
 
+    i = entries(positions + start, WIDE, TILE)
+    if ahead:
+        v = precise_dot(expand, tl.trans(_low_rank_rows(delta, i, stride_pl, RANK, RANK_BLOCK)), shifts)
     for first in range(start, stop, TILE):
         if KEEP > 0:
             if first % (KEEP * TILE) == 0:
@@ -144,71 +159,49 @@ def _forward_kernel(
                 else:
                     tl.store(states[None, :] + n[:, None] * DIM, h, mask=some)
                 states += STATES * DIM
-        if first + TILE < stop:
-            _ask_for_tile(
-                first_x, delta, positions + first + TILE, last, stride_xl, stride_pl, TILE, CHANNELS,
-                WIDTH=RANK if LAYOUT == "apart" else RANK + 2 * STATES, WIDE=WIDE,
-            )  # fmt: skip
-        xs = ()
-        bs = ()
-        cs = ()
-        vs = ()
-        sources = ()
+        here = i
+        i = entries(positions + tl.minimum(first + TILE, stop - TILE), WIDE, TILE)
+        _ask_for_rows(x, i, last, stride_xl, CHANNELS)
         if RANK > 0:
-            i = tl.load(positions + first + tl.arange(0, TILE))
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
-        for j in tl.static_range(TILE):
-            i = tl.load(positions + first + j)
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
-            sources = sources + (i,)
-            if STATES == 1:  # rows of several would take too many registers
-                b, c = _projections(delta, B, C, i, n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
-                bs = bs + (b,)
-                cs = cs + (c,)
-            if RANK == 0:
-                vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
-        if RANK > 0:
-            v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
+            low_rank = _low_rank_rows(delta, i if ahead else here, stride_pl, RANK, RANK_BLOCK)
+            if not ahead:
+                v = precise_dot(expand, tl.trans(low_rank), shifts)
             vs = rows_of(v, TILE, CHANNELS)
+        else:
+            _ask_for_rows(delta + block * CHANNELS, i, last, stride_pl, CHANNELS)
+            vs = ()
+        if STATES == 1:
+            b, c = _step_projections(delta, B, C, here, stride_pl, stride_bl, stride_cl, RANK, LAYOUT)
+            b = b.to(tl.float32) * LN_2
+            c = c.to(tl.float32)
+        xs = ()
+        offsets = here * stride_xl
+        step_offsets = here * stride_pl
         for j in tl.static_range(TILE):
-            step = vs[j] + shift
+            xs = xs + (tl.load(x + lane + of_step(offsets, j, CHANNELS), mask=mask, other=0.0),)
+            if RANK == 0:
+                step = tl.load(delta + d + of_step(step_offsets, j, CHANNELS), mask=mask, other=0.0)
+                vs = vs + (step.to(tl.float32) * LOG2_E,)
+        for j in tl.static_range(TILE):
+            step = vs[j] if ahead else vs[j] + shift
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             value = xs[j].to(tl.float32)
             if STATES == 1:
-                h = tl.exp2(step * decay_rate) * h + (step * value) * (bs[j] * LN_2)
-                out = h * cs[j]
+                h = tl.exp2(step * decay_rate) * h + (step * value) * of_step(b, j, CHANNELS)
+                out = h * of_step(c, j, CHANNELS)
             else:
-                b, c = _projections(delta, B, C, sources[j], n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
+                at = tl.load(positions + first + j)
+                at = at.to(tl.int64) if WIDE else at.to(tl.uint32)
+                b, c = _state_projections(delta, B, C, at, n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
                 b = b * LN_2
                 h = tl.exp2(step[None, :] * decay_rate) * h + (step * value)[None, :] * b[:, None]
                 out = tl.sum(h * c[:, None], 0)
             out += skip * value
             tl.store(y + j * DIM, rounded(out, y.dtype.element_ty), mask=mask)
         y += TILE * DIM
-
-
-@triton.jit
-def _step_projections(
-    delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, LAYOUT: tl.constexpr
-):
-    """B and C of one state at positions `i`, both [TILE]; see `_projections` for LAYOUT."""
-    if LAYOUT == "apart":
-        return tl.load(B + i * stride_bl), tl.load(C + i * stride_cl)
-    else:
-        b = delta + i * stride_pl + RANK
-        return tl.load(b), tl.load(b + 1)
-
-
-@triton.jit
-def _of_step(rows, j: tl.constexpr, CHANNELS: tl.constexpr):
-    """Number `j` of `rows`, [TILE], for every channel: [CHANNELS] in float32.
-
-    A lane hands its number to all others; loading it once per step costs addresses, and registers for all steps.
-    """
-    return tl.gather(rows, tl.full([CHANNELS], j, tl.int32), 0).to(tl.float32)
+        if ahead:
+            v = precise_dot(expand, tl.trans(low_rank), shifts)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from .tiles import (
     rows_of,
     softplus_log2,
     softplus_slope,
+    softplus_slope_from,
     sum_products,
     task_of,
 )
@@ -229,7 +230,7 @@ def _backward_kernel(
                     along = tl.sum(g * b[:, None], 0)
                     slope = tl.sum(decay_rate * exponent, 0) + along * values[j]  # gradient of the step size
                     if SOFTPLUS:
-                        slope *= softplus_slope(vs[j], steps[j], EXACT)
+                        slope *= softplus_slope_from(vs[j]) if whole else softplus_slope(vs[j], steps[j])
                     if TAIL:
                         slope = tl.where(real[j], slope, 0.0)
                     sum_decay += exponent * steps[j][None, :]

@@ -373,7 +373,7 @@ def _backward_kernel(
             along_decay, along = tl.split(tl.reshape(both, [CHANNELS, TILE, 2]))
             slope = along_decay + along * value  # gradient of the step size
             if SOFTPLUS:
-                slope *= softplus_slope(v, step, EXACT)
+                slope *= softplus_slope(v, step)
             if not WHOLE:
                 slope = tl.where(mask, slope, 0.0)
             sum_skip += dy * value

@@ -44,6 +44,22 @@ def entering_row(rows, number, d, mask, DIM: tl.constexpr):
 
 
 @triton.jit
+def entries(table, WIDE: tl.constexpr, TILE: tl.constexpr):
+    """TILE numbers of an index table, in the type that offsets are computed in: 64 bits if WIDE."""
+    i = tl.load(table + tl.arange(0, TILE))
+    return i.to(tl.int64) if WIDE else i.to(tl.uint32)
+
+
+@triton.jit
+def of_step(rows, j: tl.constexpr, CHANNELS: tl.constexpr):
+    """Number `j` of `rows`, [TILE], for every channel, [CHANNELS].
+
+    A lane hands its number to all others; loading it once per step costs addresses, and registers for all steps.
+    """
+    return tl.gather(rows, tl.full([CHANNELS], j, tl.int32), 0)
+
+
+@triton.jit
 def rows_of(tile, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
     """[CHANNELS, STEPS] -> tuple of STEPS rows [CHANNELS]."""
     if STEPS == 1:
@@ -96,14 +112,19 @@ def softplus_log2(v, EXACT: tl.constexpr):
 
 
 @triton.jit
-def softplus_slope(v, s, EXACT: tl.constexpr):
-    """Derivative of softplus, from its argument `v` and its value `s`, both in units of log2."""
-    if EXACT:
-        e = tl.exp2(-tl.abs(v))
-        return tl.where(v > 0, 1.0, e) / (1.0 + e)
-    else:
-        small = s * LN_2  # of which ``1 - exp(-small)`` would leave few digits
-        return tl.where(s < 0.03, small * (1.0 - small * (0.5 - small * 0.16666667)), 1.0 - tl.exp2(-s))
+def softplus_slope(v, s):
+    """Derivative of softplus, from its argument `v` and its value `s`, both in units of log2.
+
+    ``1 / (1 + 2**-v)`` is ``2**(v - s)``, which keeps its digits where it is small, as ``1 - 2**-s`` would not.
+    """
+    return tl.exp2(v - s)
+
+
+@triton.jit
+def softplus_slope_from(s):
+    """Derivative of softplus from its value `s` alone, in units of log2; to 1e-5 of it."""
+    small = s * LN_2  # of which ``1 - exp(-small)`` would leave few digits
+    return tl.where(s < 0.03, small * (1.0 - small * (0.5 - small * 0.16666667)), 1.0 - tl.exp2(-s))
 
 
 @triton.jit

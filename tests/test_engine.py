@@ -1,16 +1,20 @@
 """Parts of the training engine: optimizer groups, precision, classifier, metrics, checkpoints, the watch for NaN."""
 
+import copy
 import io
 import json
 import os
+import pickle
 import random
 import re
 import textwrap
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_support import CLASSES, ITERATIONS, differences, plain, run_python, runs_are_exact, small_config
+from engine_support import CLASSES, EXACT, ITERATIONS, differences, plain, run_python, runs_are_exact, small_config
 from mmengine.logging import MessageHub
 from mmengine.runner import EpochBasedTrainLoop
 from timm.models import group_parameters
@@ -20,6 +24,7 @@ from vision_ssm import CheckpointError, create_model
 from vision_ssm.engine import (
     ClassificationMetric,
     EpochTrainLoop,
+    GraphedCall,
     ImageClassifier,
     MixedPrecisionOptimWrapper,
     NonFiniteError,
@@ -42,6 +47,8 @@ from vision_ssm.engine.checkpoint import (
     set_rng_state,
     unpack_messages,
 )
+from vision_ssm.engine.config import prepare_training
+from vision_ssm.engine.graphs import check_graphs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # accumulated gradients
 
@@ -432,12 +439,228 @@ def test_fingerprint_covers_what_decides_the_numbers(tmp_path):
     other = small_config(tmp_path / "elsewhere", tmp_path / "elsewhere")
     other.train_dataloader.num_workers = 7
     other.default_hooks.checkpoint.keep = 9
+    other.model.cuda_graphs = True
     assert fingerprint(other) == base
     other.custom_hooks = []
     other.train_dataloader.dataset.transform.rotation = 3.0
     lines = fingerprint_differences(base, fingerprint(other))
     assert any("EMAHook" in line and "config not set" in line for line in lines)
     assert "train_dataloader.dataset.transform.rotation: checkpoint 10.0, config 3.0" in lines
+
+
+# CUDA graphs, without a GPU: what is recorded when; test_engine_gpu.py has the numbers
+
+
+class Recorder:
+    """Stands for `torch.cuda.make_graphed_callables`: calls the function as often, and counts what is replayed."""
+
+    def __init__(self):
+        self.recorded, self.replays = [], 0
+
+    def __call__(self, function, sample_args, num_warmup_iters, allow_unused_input, capture_error_mode):
+        assert not torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+        self.recorded.append(tuple(sample_args[0].shape))
+        for _ in range(num_warmup_iters + 1):
+            inputs = [value for value in sample_args if value.requires_grad]
+            torch.autograd.grad(function(*sample_args).sum(), inputs, allow_unused=allow_unused_input)
+
+        def replay(*arguments):
+            self.replays += 1
+            return function(*arguments)
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", recorder)
+    return recorder
+
+
+def noisy_network() -> nn.Sequential:
+    """Any image size; buffers that change in training, and random numbers."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+def test_graphs_are_recorded_once_and_replayed_in_training_alone(recorder):
+    graphed = GraphedCall(noisy_network())
+    for _ in range(3):
+        graphed(torch.randn(4, 1, 8, 8)).sum().backward()
+    assert recorder.recorded == [(4, 1, 8, 8)] and recorder.replays == 3
+    graphed(torch.randn(3, 1, 8, 8))  # the last batch
+    graphed(torch.randn(4, 1, 9, 9))
+    graphed(torch.randn(4, 1, 8, 8, requires_grad=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        graphed(torch.randn(4, 1, 8, 8))
+    with torch.no_grad():
+        graphed(torch.randn(4, 1, 8, 8))
+    graphed.module.eval()
+    graphed(torch.randn(4, 1, 8, 8))
+    assert len(recorder.recorded) == 1 and recorder.replays == 3
+    graphed.module.train()
+    graphed(torch.randn(4, 1, 8, 8))
+    assert len(recorder.recorded) == 1 and recorder.replays == 4
+
+
+def test_graphs_are_recorded_of_whole_batches(recorder):
+    graphed = GraphedCall(noisy_network(), batch_size=4)
+    assert graphed(torch.randn(3, 1, 8, 8)).shape == (3, 3) and recorder.recorded == []
+    graphed(torch.randn(4, 1, 8, 8))
+    assert recorder.recorded == [(4, 1, 8, 8)]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recording_leaves_no_trace(dtype, recorder):
+    """The first call gives the numbers of the module itself, and leaves the same random state and statistics."""
+    image, results = torch.randn(4, 1, 8, 8), []
+    start = noisy_network()
+    for graphs in (False, True):
+        module = copy.deepcopy(start)
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            output = GraphedCall(module)(image) if graphs else module(image)
+        output.float().square().sum().backward()
+        gradients = [parameter.grad for parameter in module.parameters()]
+        results.append([output, gradients, dict(module.named_buffers()), rng_state()])
+    assert recorder.replays == 1 and results[1][0].dtype == (dtype or torch.float32)
+    assert differences(*results) == []
+    assert results[1][2]["1.num_batches_tracked"] == 1
+
+
+def test_what_a_recording_does_not_hold_for_runs_without(recorder):
+    image = torch.randn(4, 1, 8, 8)
+    graphed = GraphedCall(noisy_network())
+    graphed(image)
+    seen = []
+    handle = graphed.module[0].register_forward_hook(lambda *_: seen.append(True))
+    graphed(image)
+    assert seen == [True] and recorder.replays == 1
+    handle.remove()
+    graphed(image)
+    assert recorder.replays == 2
+    weight = graphed.module[-1].weight
+    weight.requires_grad_(False)
+    graphed(image)
+    weight.requires_grad_(True)
+    weight.data = weight.data.clone()
+    graphed(image)
+    assert len(recorder.recorded) == 1 and recorder.replays == 2
+
+
+def test_what_cannot_be_recorded(monkeypatch, recorder):
+    graphed, image = GraphedCall(noisy_network()), torch.randn(4, 1, 8, 8)
+    handle = graphed.module[2].register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"Sequential has hooks \(on 2\), which CUDA graphs would not call: remove"):
+        graphed(image)
+    handle.remove()
+
+    def capture(function, sample_args, **options):
+        function(*sample_args)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    state = rng_state()
+    with pytest.raises(RuntimeError, match="not permitted") as error:
+        graphed(image)
+    assert "cuda_graphs=True, --cuda-graphs" in error.value.__notes__[0]
+    assert differences(state, rng_state()) == [] and graphed.module[1].num_batches_tracked == 0
+
+
+def test_classifier_replays_its_backbone_for_the_loss_alone(recorder):
+    model = ImageClassifier(MICRO, 3, LABEL_SMOOTHING, cuda_graphs=True)
+    plain_model = ImageClassifier(MICRO, 3, LABEL_SMOOTHING)
+    assert plain_model.graphed is None and model.state_dict().keys() == plain_model.state_dict().keys()
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in plain_model.named_modules()]
+    plain_model.load_state_dict(model.state_dict())
+    data = batch()
+    losses = [one.train()(**data, mode="loss") for one in (plain_model, model)]
+    assert differences(*losses) == [] and recorder.replays == 1
+    model(data["image"])
+    model(**data, mode="predict")
+    model.eval()(**data, mode="loss")
+    assert recorder.replays == 1
+
+
+def test_copy_of_a_classifier_starts_without_a_recording(recorder):
+    model = ImageClassifier(MICRO, 3, LABEL_SMOOTHING, cuda_graphs=True).train()
+    model(**batch(), mode="loss")
+    forward = model.backbone.forward
+    assert forward.__func__ is type(model.backbone).forward  # not patched
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.graphed.module is twin.backbone and twin.backbone is not model.backbone
+        assert differences(model.state_dict(), twin.state_dict()) == []
+        count = len(recorder.recorded)
+        twin(**batch(), mode="loss")["loss"].backward()
+        assert len(recorder.recorded) == count + 1
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_does_not_go_with_graphs_is_listed():
+    module = noisy_network()
+    module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError) as error:
+        check_graphs(module, accumulative_counts=4, distributed=True, compiled=True)
+    message = str(error.value)
+    assert message.startswith("cuda_graphs=True (--cuda-graphs) cannot be used here")
+    assert "the model is on the cpu, CUDA graphs need a CUDA device: train on a GPU" in message
+    assert "the run is distributed, which is not supported: train in one process" in message
+    assert "the config sets compile" in message and "use one of the two" in message
+    assert "accumulative_counts is 4, expected 1" in message and "use a larger batch" in message
+    assert "Sequential has hooks (on the whole module)" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cfg: cfg.optim_wrapper.update(accumulative_counts=2), "accumulative_counts is 2, expected 1"),
+        (lambda cfg: cfg.update(compile=dict()), "the config sets compile"),
+    ],
+)
+def test_run_that_does_not_go_with_graphs_is_refused_before_training(change, message, data, tmp_path):
+    cfg = small_config(data, tmp_path)
+    cfg.model.cuda_graphs = True
+    change(cfg)
+    with pytest.raises(ValueError, match=message):
+        Runner.from_cfg(cfg).build_training()
+
+
+@runs_are_exact
+def test_run_through_recorded_calls_equals_a_run_without(data, tmp_path, recorder, monkeypatch):
+    """Averaged weights, validation and a resume in mid-epoch included; the switch may be flipped for the resume."""
+    monkeypatch.setattr("vision_ssm.engine.runner.check_graphs", lambda *args, **options: None)  # no GPU here
+
+    def run(name: str, graphs: bool, start: Path | None = None) -> dict:
+        cfg = small_config(data, tmp_path / name)
+        cfg.default_hooks.checkpoint.update(every_iterations=4, keep=20)
+        cfg.model.cuda_graphs = graphs
+        if start is not None:
+            cfg.resume, cfg.load_from = True, str(start)
+        Runner.from_cfg(cfg).train()
+        return read_training(tmp_path / name / "epoch_2.pth")
+
+    without = run("without", False)
+    assert recorder.recorded == []
+    middle = tmp_path / "without" / "iter_12.pth"
+    for name, start in (("through", None), ("resumed", middle)):
+        recorder.recorded.clear()
+        through = run(name, True, start)
+        assert recorder.recorded == [(4, 1, 32, 32)]
+        for part in EXACT:
+            assert differences(without[part], through[part], part) == []
+
+
+def test_cuda_graphs_flag_reaches_the_config(data, tmp_path):
+    small_config(data, tmp_path).dump(tmp_path / "small.py")
+    flags = dict(work_dir=None, data_root=None, cfg_options={}, launcher="none", amp=None, seed=None,
+                 deterministic=False, resume=None, resume_anyway=False)  # fmt: skip
+    for given in (False, True):
+        cfg = prepare_training(Namespace(config=str(tmp_path / "small.py"), cuda_graphs=given, **flags))
+        assert cfg.model.get("cuda_graphs", False) is given
 
 
 # The watch for NaN

@@ -208,3 +208,12 @@ def test_fp16_without_a_gpu_says_what_to_use(capsys, tmp_path, data):
         pytest.skip("there is a GPU")
     message = fails(capsys, commands.train, tmp_path / "small.py", "--amp", "fp16", "--work-dir", tmp_path)
     assert "precision 'fp16' needs a GPU; on the CPU use 'bf16' (--amp bf16)" in message
+
+
+def test_cuda_graphs_without_a_gpu_say_what_is_missing(capsys, tmp_path, data):
+    small_config(data, tmp_path).dump(tmp_path / "small.py")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    message = fails(capsys, commands.train, tmp_path / "small.py", "--cuda-graphs", "--work-dir", tmp_path)
+    assert "the model is on the cpu, CUDA graphs need a CUDA device: train on a GPU" in message
+    assert "Traceback" not in message and not list(tmp_path.glob("*.pth"))

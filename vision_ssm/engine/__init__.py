@@ -2,6 +2,7 @@
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
+from .graphs import GraphedCall
 from .hooks import (
     CheckpointHook,
     NonFiniteError,
@@ -21,6 +22,7 @@ __all__ = [
     "ClassificationMetric",
     "EpochTrainLoop",
     "Evaluation",
+    "GraphedCall",
     "ImageBatch",
     "ImageClassifier",
     "MixedPrecisionOptimWrapper",

@@ -12,6 +12,8 @@ from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, check_keywords, suggest
 from vision_ssm.weights import load_weights
 
+from .graphs import GraphedCall
+
 LOSSES = {
     "CrossEntropyLoss": nn.CrossEntropyLoss,
     "LabelSmoothingCrossEntropy": LabelSmoothingCrossEntropy,
@@ -89,6 +91,8 @@ class ImageClassifier(BaseModel):
         pretrained: weight file for the backbone (official or ours). If it was trained for another number of classes,
             this is an error unless `reset_head` is set.
         reset_head: keep the freshly initialised head instead of the one of `pretrained`.
+        cuda_graphs: run the backbone through CUDA graphs in mode ``loss`` of training (see `GraphedCall`). Needs a
+            CUDA device, one process and an optimizer step after every iteration; the Runner refuses what does not fit.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class ImageClassifier(BaseModel):
         mixup: dict | None = None,
         pretrained: str | None = None,
         reset_head: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__(data_preprocessor=ImageBatch(num_classes, mixup))
         if mixup is not None and loss.get("type") not in SOFT_LOSSES:
@@ -119,6 +124,7 @@ class ImageClassifier(BaseModel):
             report = load_weights(self.backbone, pretrained, reset_head=reset_head, verbose=False)
             print_log(f"Pretrained weights: {report}", logger="current")
         self.loss = build_loss(loss)
+        self.graphed = GraphedCall(self.backbone) if cuda_graphs else None
 
     def init_weights(self) -> None:
         """Nothing to do: `create_model` has initialised or loaded every weight."""
@@ -138,7 +144,8 @@ class ImageClassifier(BaseModel):
             ``tensor``: logits (B, num_classes). ``loss``: dict with ``loss`` and ``top1`` (%, against the label of
             largest weight). ``predict``: B dicts with ``logits`` (num_classes,) float32, ``label`` and ``path``.
         """
-        logits = self.backbone(image)
+        graphed = self.graphed if mode == "loss" else None
+        logits = self.backbone(image) if graphed is None else graphed(image)
         if mode == "tensor":
             return logits
         if label is None:

@@ -96,6 +96,11 @@ def train(argv: Sequence[str] | None = None) -> int:
         choices=precisions(),
         help="mixed precision: bf16 (default, also on a CPU) or fp16",
     )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="train the backbone through CUDA graphs, so that the host does not limit it: one GPU, no accumulation",
+    )
     parser.add_argument("--seed", type=int, help="seed of all random numbers")
     parser.add_argument("--deterministic", action="store_true", help="only deterministic algorithms, also on a GPU")
     args = parser.parse_args(argv)

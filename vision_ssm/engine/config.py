@@ -169,6 +169,8 @@ def prepare_training(args: Namespace) -> Config:
     cfg = prepare(args, str(Path("work_dirs") / Path(args.config).stem))
     if args.amp:
         cfg.optim_wrapper.precision = args.amp
+    if args.cuda_graphs:
+        cfg.model.cuda_graphs = True
     cfg.setdefault("randomness", ConfigDict(seed=None))
     if args.seed is not None:
         cfg.randomness.seed = args.seed

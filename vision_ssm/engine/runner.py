@@ -37,6 +37,7 @@ from .checkpoint import (
     write_checkpoint,
     write_text,
 )
+from .graphs import GraphedCall, check_graphs
 from .loops import EpochTrainLoop
 
 RAW_WEIGHTS = "unaveraged_state_dict"
@@ -311,11 +312,12 @@ class Runner(mmengine.runner.Runner):
         )
 
     def build_training(self) -> None:
-        """Build loaders and optimizer and compare their classes with the model, so that mistakes show before a run."""
+        """Build loaders and optimizer and compare them with the model, so that mistakes show before a run."""
         self._train_loop = self.build_train_loop(self._train_loop)
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
+        self._prepare_graphs()
         self._check_classes()
 
     def train(self) -> nn.Module:
@@ -340,6 +342,18 @@ class Runner(mmengine.runner.Runner):
         report = dataset.skip_report() if hasattr(dataset, "skip_report") else ""
         if report:
             self.logger.warning(report)
+
+    def _prepare_graphs(self) -> None:
+        """A model that trains through CUDA graphs must be able to, and is told which batches to record."""
+        graphed = getattr(self.bare_model, "graphed", None)
+        if isinstance(graphed, GraphedCall):
+            check_graphs(
+                graphed.module,
+                accumulative_counts=getattr(self.optim_wrapper, "_accumulative_counts", 1),
+                distributed=self.distributed,
+                compiled=self.cfg.get("compile") not in (None, False),  # an empty dict compiles with the defaults
+            )
+            graphed.batch_size = self.train_dataloader.batch_size
 
     def _check_classes(self) -> None:
         """Training and validation labels must agree with each other and with the model before anything is trained."""
