@@ -30,7 +30,9 @@ from .tiles import (
     LOG2_E,
     entering_row,
     entries,
+    entry,
     of_step,
+    operand_of,
     precise_dot,
     prefetch,
     rounded,
@@ -39,7 +41,6 @@ from .tiles import (
     softplus_slope,
     sum_products,
     task_of,
-    tile_of,
 )
 
 _INT32_LIMIT = 2**31 - 1
@@ -64,9 +65,7 @@ def _state_projections(
 
 
 @triton.jit
-def _step_projections(
-    delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, LAYOUT: tl.constexpr
-):
+def _step_projections(delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK: tl.constexpr, LAYOUT: tl.constexpr):
     """B and C of one state at positions `i`, both [TILE]; see `_state_projections` for LAYOUT."""
     if LAYOUT == "apart":
         return tl.load(B + i * stride_bl), tl.load(C + i * stride_cl)
@@ -110,8 +109,9 @@ def _forward_kernel(
 ):  # fmt: skip
     # Low-rank step sizes of one state are a tile ahead: their matrix product then stands behind the loop's other work,
     # where nobody waits for it, and as it stands before the loop too, its weight is brought into place there, once.
-    # With several states the compiler would compute step sizes anew in every lane that holds some of them.
-    ahead: tl.constexpr = STATES == 1 and RANK > 0
+    # With several states the compiler would compute step sizes anew in every lane that holds some of them, and at a
+    # high rank the weight would take too many registers.
+    ahead: tl.constexpr = STATES == 1 and RANK > 0 and RANK <= 16
     block, k, image, line, stretch, start, stop = task_of(padded, span, ROUTES, SEGMENTS, DIM, CHANNELS)
 
     d = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -138,9 +138,14 @@ def _forward_kernel(
     delta += image * stride_pb + k * stride_pk
     if RANK > 0:
         r = tl.arange(0, RANK_BLOCK)
-        expand = tl.load(
-            weight + (k * DIM + d)[:, None] * RANK + r[None, :], mask=inside[:, None] & (r < RANK)[None, :], other=0.0
-        ) * LOG2_E  # [CHANNELS, RANK_BLOCK]
+        expand = (
+            tl.load(
+                weight + (k * DIM + d)[:, None] * RANK + r[None, :],
+                mask=inside[:, None] & (r < RANK)[None, :],
+                other=0.0,
+            )
+            * LOG2_E
+        )  # [CHANNELS, RANK_BLOCK]
         shifts = _tile_of_shifts(shift if ahead else 0.0, CHANNELS, TILE)
     positions += line * padded
     y += ((image * ROUTES * SEGMENTS + line) * padded + start) * DIM + d
@@ -191,8 +196,7 @@ def _forward_kernel(
                 h = tl.exp2(step * decay_rate) * h + (step * value) * of_step(b, j, CHANNELS)
                 out = h * of_step(c, j, CHANNELS)
             else:
-                at = tl.load(positions + first + j)
-                at = at.to(tl.int64) if WIDE else at.to(tl.uint32)
+                at = entry(positions + first + j, WIDE)
                 b, c = _state_projections(delta, B, C, at, n, stride_pl, stride_bl, stride_cl, RANK, STATES, LAYOUT)
                 b = b * LN_2
                 h = tl.exp2(step[None, :] * decay_rate) * h + (step * value)[None, :] * b[:, None]
@@ -231,6 +235,7 @@ def _backward_kernel(
     mask = tl.zeros([CHANNELS], tl.int32) == 0 if DIM % CHANNELS == 0 else inside
     place = k * DIM + d
     decay_rate = tl.load(A + place, mask=mask, other=0.0)
+    log_rate = decay_rate * LN_2
     skip = 0.0 if D is None else tl.load(D + place, mask=mask, other=0.0)
     shift = 0.0 if bias is None else tl.load(bias + place, mask=mask, other=0.0) * LOG2_E
     # float16 would not hold every gradient, and the interpreter cuts bfloat16 off instead of rounding
@@ -247,11 +252,11 @@ def _backward_kernel(
         r = tl.arange(0, RANK_BLOCK)
         some = inside[:, None] & (r < RANK)[None, :]
         expand = tl.load(weight + place[:, None] * RANK + r[None, :], mask=some, other=0.0) * LOG2_E
-    else:
-        delta += d
-    if CONTRACTED > 0:
+        shifts = _tile_of_shifts(shift, CHANNELS, TILE)
+    if CONTRACTED > 0:  # gradients of step sizes are in units of log2 until the end
         some = inside[None, :] & (column < RANK)[:, None]
-        contract = tl.load(weight + place[None, :] * RANK + column[:, None], mask=some, other=0.0).to(low)
+        contract = tl.load(weight + place[None, :] * RANK + column[:, None], mask=some, other=0.0)
+        contract = (contract * LOG2_E).to(low)
         sum_weight = tl.zeros([CHANNELS, RANK_BLOCK], tl.float32)
     else:
         grad_delta += image * stride_di + line * stride_dl + stop.to(tl.int64) * DIM + d
@@ -275,48 +280,44 @@ def _backward_kernel(
         states -= DIM
         grad_x -= TILE * DIM
         parts -= TILE * width
-        if RANK > 0:
-            i = tl.load(positions + tl.arange(0, TILE))
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+        i = entries(positions, WIDE, TILE)
         if CONTRACTED == 0:
             grad_delta -= TILE * DIM
-            if RANK > 0:
+        if RANK > 0:
+            low_rank = _low_rank_rows(delta, i, stride_pl, RANK, RANK_BLOCK)
+            vs = rows_of(precise_dot(expand, tl.trans(low_rank), shifts), TILE, CHANNELS)
+            if CONTRACTED == 0:
                 if block == 0:
                     row = (line * stride_dl + image * stride_di) // DIM + first + tl.arange(0, TILE)
                     tl.store(walked + row[:, None] * RANK + r[None, :], low_rank, mask=(r < RANK)[None, :])
-        xs = ()
-        i = tl.load(positions + tl.arange(0, TILE))
-        i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+        else:
+            vs = ()
         bs, cs = _step_projections(delta, B, C, i, stride_pl, stride_bl, stride_cl, RANK, LAYOUT)
-        vs = ()
+        bs = bs.to(tl.float32) * LN_2
+        cs = cs.to(tl.float32)
+        xs = ()
         dys = ()
         for j in tl.static_range(TILE):
-            i = tl.load(positions + j)
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            xs = xs + (tl.load(x + i * stride_xl, mask=mask, other=0.0),)
+            at = entry(positions + j, WIDE)
+            xs = xs + (tl.load(x + at * stride_xl, mask=mask, other=0.0),)
             if RANK == 0:
-                vs = vs + (tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E,)
+                v = tl.load(delta + d + at * stride_pl, mask=mask, other=0.0)
+                vs = vs + (v.to(tl.float32) * LOG2_E + shift,)
             if written is not None:
-                i = tl.load(written + j)
-                i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            dys = dys + (tl.load(grad + i * stride_gl, mask=mask, other=0.0),)
-        if RANK > 0:
-            v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
-            vs = rows_of(v, TILE, CHANNELS)
+                at = entry(written + j, WIDE)
+            dys = dys + (tl.load(grad + at * stride_gl, mask=mask, other=0.0),)
         h = tl.load(states, mask=mask, other=0.0)
         hs = (h,)  # before the first step, and after every step
         sizes = ()
         decays = ()
         for j in tl.static_range(TILE):
-            step = vs[j] + shift
+            step = vs[j]
             if SOFTPLUS:
                 step = softplus_log2(step, EXACT)
             if TAIL:
                 step = tl.where(first + j < steps, step, 0.0)  # steps behind the end leave the state as it is
             decay = tl.exp2(step * decay_rate)
-            b = _of_step(bs, j, CHANNELS)
-            h = decay * h + (step * xs[j].to(tl.float32)) * (b * LN_2)
+            h = decay * h + (step * xs[j].to(tl.float32)) * of_step(bs, j, CHANNELS)
             hs = hs + (h,)
             sizes = sizes + (step,)
             decays = decays + (decay,)
@@ -325,35 +326,33 @@ def _backward_kernel(
         of_c = ()
         for j in tl.static_range(TILE - 1, -1, -1):
             value = xs[j].to(tl.float32)
-            b = _of_step(bs, j, CHANNELS)
-            c = _of_step(cs, j, CHANNELS)
             dy = dys[j].to(tl.float32)
             if TAIL:
                 dy = tl.where(first + j < steps, dy, 0.0)  # nor have they an output
-            g = dy * c + back
+            g = dy * of_step(cs, j, CHANNELS) + back
             back = decays[j] * g
             exponent = back * hs[j]  # gradient of step size times decay rate
-            gv = g * value
-            slope = decay_rate * exponent + gv * b  # gradient of the step size
+            along = g * of_step(bs, j, CHANNELS)
+            slope = log_rate * exponent + along * value  # gradient of the step size
             if SOFTPLUS:
-                slope *= softplus_slope(vs[j] + shift, sizes[j], EXACT)
+                slope *= softplus_slope(vs[j], sizes[j])
             if TAIL:
                 slope = tl.where(first + j < steps, slope, 0.0)
-            dx = g * (b * LN_2) * sizes[j] + skip * dy
+            dx = along * sizes[j] + skip * dy
             tl.store(grad_x + j * DIM, rounded(dx, grad_x.dtype.element_ty), mask=mask)
             if CONTRACTED == 0:
-                tl.store(grad_delta + j * DIM, rounded(slope, grad_delta.dtype.element_ty), mask=mask)
+                tl.store(grad_delta + j * DIM, rounded(slope * LOG2_E, grad_delta.dtype.element_ty), mask=mask)
             sum_decay += exponent * sizes[j]
             sum_skip += dy * value
             sum_shift += slope
             slopes = (slope,) + slopes
-            of_b = (gv * sizes[j],) + of_b
+            of_b = (g * value * sizes[j],) + of_b
             of_c = (dy * hs[j + 1],) + of_c
         columns = tl.zeros([COLUMNS, TILE], tl.float32)
-        columns = sum_products(to_b, tile_of(of_b, 0, 1, TILE, CHANNELS).to(low), columns, EXACT) * LN_2
-        columns = sum_products(to_c, tile_of(of_c, 0, 1, TILE, CHANNELS).to(low), columns, EXACT)
+        columns = sum_products(to_b, operand_of(of_b, low, TILE, CHANNELS), columns, EXACT) * LN_2
+        columns = sum_products(to_c, operand_of(of_c, low, TILE, CHANNELS), columns, EXACT)
         if CONTRACTED > 0:
-            slope = tile_of(slopes, 0, 1, TILE, CHANNELS).to(low)
+            slope = operand_of(slopes, low, TILE, CHANNELS)
             columns = sum_products(contract, slope, columns, EXACT)
             sum_weight = sum_products(slope, low_rank.to(low), sum_weight, EXACT)
         tl.store(parts, columns, mask=(column < width)[:, None] & (tl.arange(0, TILE) >= 0)[None, :])
@@ -362,10 +361,10 @@ def _backward_kernel(
     sums += sum_size
     tl.store(sums, sum_skip, mask=mask)
     sums += sum_size
-    tl.store(sums, sum_shift, mask=mask)
+    tl.store(sums, sum_shift * LOG2_E, mask=mask)
     if CONTRACTED > 0:
         some = inside[:, None] & (r < RANK)[None, :]
-        tl.store(grad_weight + (share * DIM + d)[:, None] * RANK + r[None, :], sum_weight, mask=some)
+        tl.store(grad_weight + (share * DIM + d)[:, None] * RANK + r[None, :], sum_weight * LOG2_E, mask=some)
 
 
 @triton.jit(do_not_specialize=["stride_n"])
@@ -410,20 +409,16 @@ def _summary_kernel(
         values = ()
         rows = ()
         if RANK > 0:
-            i = tl.load(positions + first + tl.arange(0, TILE))
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
-            low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
+            low_rank = _low_rank_rows(delta, entries(positions + first, WIDE, TILE), stride_pl, RANK, RANK_BLOCK)
             v = precise_dot(expand, tl.trans(low_rank), tl.zeros([CHANNELS, TILE], tl.float32))
             vs = rows_of(v, TILE, CHANNELS)
         for j in tl.static_range(TILE):
-            i = tl.load(positions + first + j)
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            i = entry(positions + first + j, WIDE)
             rows = rows + (i,)
             if RANK == 0:
                 vs = vs + (tl.load(delta + i * stride_pl, mask=inside, other=0.0).to(tl.float32) * LOG2_E,)
             if written is not None:
-                i = tl.load(written + first + j)
-                i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+                i = entry(written + first + j, WIDE)
             values = values + (tl.load(x + i * stride_xl, mask=inside, other=0.0),)
         for j in tl.static_range(TILE - 1 if TURNED else 0, -1 if TURNED else TILE, -1 if TURNED else 1):
             step = vs[j] + shift
@@ -482,9 +477,9 @@ class _Work(NamedTuple):
 TILE = 16  # steps
 _FEW_PROGRAMS = 768
 _MANY_PROGRAMS = 3072  # 23 warps per multiprocessor of an H200
-_SHORTEST_STRETCH = 256  # steps
+_SHORTEST_STRETCH = 64  # steps
 _BACKWARD_CHANNELS = 32
-_BACKWARD_REGISTERS = 168  # 12 warps per multiprocessor
+_REGISTERS = 168  # 12 warps per multiprocessor
 _PIECES = 16  # of the sum for the gradient of a route's step size weight
 
 
@@ -548,7 +543,7 @@ class _Call:
         self.wide = max(largest, work.padded * work.dim * work.states) > _INT32_LIMIT
 
     def _layout(self) -> str:
-        """How B and C lie beside delta, see `_projections`."""
+        """How B and C lie beside delta, see `_state_projections`."""
         delta, B, C, states = self.delta, self.B, self.C, self.work.states
         size = delta.element_size()
         packed = (
@@ -558,10 +553,7 @@ class _Call:
             and B.data_ptr() == delta.data_ptr() + size * self.work.rank
             and C.data_ptr() == B.data_ptr() + size * states
         )
-        if not packed:
-            return "apart"
-        aligned = B.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in B.stride()[:3])
-        return "pairs" if aligned and states == 1 and B.dtype == torch.bfloat16 else "packed"
+        return "packed" if packed else "apart"
 
     def strides(self) -> tuple[int, ...]:
         return (
@@ -632,7 +624,7 @@ def _scan(call: _Call, states: Tensor | None) -> Tensor:
             *call.strides(), work.dim, work.padded, span,
             STATES=work.states, STATE_BLOCK=power_of_2(work.states),
             KEEP=0 if states is None else work.keep, LAYOUT=call.layout,
-            **call.constants(channels),
+            maxnreg=_REGISTERS if work.states == 1 and 0 < work.rank <= 16 else None, **call.constants(channels),
         )  # fmt: skip
     return y
 
@@ -812,9 +804,8 @@ def _launch_backward(call: _Call, grad: Tensor, states: Tensor, parts: _StepGrad
         parts.walked, *strides, *parts.delta_strides, work.padded, parts.span, work.steps,
         parts.projections.stride(0), parts.sums.stride(0),
         CONTRACTED=parts.contracted, COLUMNS=max(16, power_of_2(parts.contracted + 2)),
-        TAIL=work.padded != work.steps,
-        LAYOUT="packed" if call.layout == "pairs" else call.layout,  # words of two are slower here
-        maxnreg=_BACKWARD_REGISTERS if parts.contracted <= 16 else None, **call.constants(_BACKWARD_CHANNELS),
+        TAIL=work.padded != work.steps, LAYOUT=call.layout,
+        maxnreg=_REGISTERS if parts.contracted <= 16 else None, **call.constants(_BACKWARD_CHANNELS),
     )  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from .tiles import (
     LN_2,
     LOG2_E,
     dot,
+    entries,
+    entry,
     precise_dot,
     rounded,
     rows_of,
@@ -130,8 +132,7 @@ def _backward_kernel(
         for first in tl.range(0, count, TILE, num_stages=1):
             at = positions + start + first
             kept_steps = steps_of + first * CHANNELS + lane
-            i = tl.load(at + t)
-            i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+            i = entries(at, WIDE, TILE)
             row = projections_of + (first + t)[:, None] * (2 * STATE_BLOCK) + n[None, :]
             b = tl.load(B + (i * stride_bl)[:, None] + n[None, :], mask=(n < STATES)[None, :], other=0.0)
             c = tl.load(C + (i * stride_cl)[:, None] + n[None, :], mask=(n < STATES)[None, :], other=0.0)
@@ -146,8 +147,7 @@ def _backward_kernel(
                 if RANK > 0:
                     v = vs[j]
                 else:
-                    i = tl.load(at + j)
-                    i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+                    i = entry(at + j, WIDE)
                     v = tl.load(delta + i * stride_pl, mask=mask, other=0.0).to(tl.float32) * LOG2_E
                 v += shift
                 if whole:
@@ -162,8 +162,7 @@ def _backward_kernel(
             kept_steps = steps_of + first * CHANNELS + lane
             projections = projections_of + first * (2 * STATE_BLOCK) + n
             for j in tl.static_range(SUB):
-                i = tl.load(at + j)
-                i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+                i = entry(at + j, WIDE)
                 value = tl.load(x + i * stride_xl, mask=mask, other=0.0).to(tl.float32)
                 step = tl.load(kept_steps + j * CHANNELS)
                 if SOFTPLUS and not whole:
@@ -194,8 +193,7 @@ def _backward_kernel(
                 real = ()
                 factors = ()  # what g and h are multiplied with, in turns, in their sums over channels
                 for j in tl.static_range(SUB):
-                    i = tl.load(at + j)
-                    i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+                    i = entry(at + j, WIDE)
                     value = tl.load(x + i * stride_xl, mask=mask, other=0.0).to(tl.float32)
                     b = tl.load(projections + 2 * j * STATE_BLOCK)
                     o = tl.load(out_at + j)
@@ -251,8 +249,7 @@ def _backward_kernel(
                 of_rank = dot(contract, slope, tl.zeros([RANK_BLOCK, TILE], tl.float32))
                 of_rank_mask = (r < RANK)[:, None] & (t >= 0)[None, :]
                 tl.store(parts + (row + t)[None, :] * width + r[:, None], of_rank, mask=of_rank_mask)
-                i = tl.load(positions + row + t)
-                i = i.to(tl.int64) if WIDE else i.to(tl.uint32)
+                i = entries(positions + row, WIDE, TILE)
                 low_rank = tl.load(delta + (i * stride_pl)[:, None] + r[None, :], mask=(r < RANK)[None, :], other=0.0)
                 # summed up in memory: registers are scarce, and nobody else writes there
                 earlier = tl.load(grad_weight, mask=some & (turn + turned > 0), other=0.0)

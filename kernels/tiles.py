@@ -15,9 +15,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def task_of(
-    padded, span, ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr
-):
+def task_of(padded, span, ROUTES: tl.constexpr, SEGMENTS: tl.constexpr, DIM: tl.constexpr, CHANNELS: tl.constexpr):
     """What a program of a scan along routes works on.
 
     Block of channels, route, image, line (route and segment), number of the stretch, its first step, and that behind
@@ -44,10 +42,16 @@ def entering_row(rows, number, d, mask, DIM: tl.constexpr):
 
 
 @triton.jit
-def entries(table, WIDE: tl.constexpr, TILE: tl.constexpr):
-    """TILE numbers of an index table, in the type that offsets are computed in: 64 bits if WIDE."""
-    i = tl.load(table + tl.arange(0, TILE))
+def entry(table, WIDE: tl.constexpr):
+    """One number of an index table, in the type that offsets are computed in: 64 bits if WIDE."""
+    i = tl.load(table)
     return i.to(tl.int64) if WIDE else i.to(tl.uint32)
+
+
+@triton.jit
+def entries(table, WIDE: tl.constexpr, TILE: tl.constexpr):
+    """TILE numbers of an index table, [TILE], as `entry` gives them."""
+    return entry(table + tl.arange(0, TILE), WIDE)
 
 
 @triton.jit
@@ -83,6 +87,24 @@ def tile_of(rows, FIRST: tl.constexpr, STRIDE: tl.constexpr, STEPS: tl.constexpr
         even = tile_of(rows, FIRST, 2 * STRIDE, STEPS // 2, CHANNELS)
         odd = tile_of(rows, FIRST + STRIDE, 2 * STRIDE, STEPS // 2, CHANNELS)
         return tl.reshape(tl.join(even, odd), [CHANNELS, STEPS])
+
+
+@triton.jit
+def operand_of(rows, dtype: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """STEPS rows [CHANNELS] of float32 as a tile [CHANNELS, STEPS] of `dtype`, for a matrix product.
+
+    The compiler cannot see through the inline code. It would otherwise take numbers that were put together for numbers
+    of half their width, and carry them through shared memory one by one.
+    """
+    tile = tile_of(rows, 0, 1, STEPS, CHANNELS)
+    if INTERPRETED:
+        return tile.to(dtype)
+    elif dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [tile], tl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return pinned(tile)
 
 
 @triton.jit

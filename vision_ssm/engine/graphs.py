@@ -1,5 +1,6 @@
 """Training a module through CUDA graphs: recorded once, then replayed, so that the host launches two graphs a step."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -86,6 +87,12 @@ class _Recording:
         return self.graphed(image, *self.parameters)
 
 
+def _capture_options() -> dict[str, str]:
+    """The thread that pins the loader's memory goes on during a capture, which torch allows from some release on."""
+    known = inspect.signature(torch.cuda.make_graphed_callables).parameters
+    return {"capture_error_mode": "thread_local"} if "capture_error_mode" in known else {}
+
+
 def _record(module: nn.Module, image: Tensor) -> _Recording:
     _check_hooks(module)
     names, parameters = zip(*module.named_parameters(), strict=True)
@@ -108,7 +115,7 @@ def _record(module: nn.Module, image: Tensor) -> _Recording:
                 (image.detach().clone(), *aliases),
                 num_warmup_iters=WARM_UP,
                 allow_unused_input=True,  # as in a backward pass without graphs, where their gradient is None
-                capture_error_mode="thread_local",  # the thread that pins the loader's memory goes on meanwhile
+                **_capture_options(),
             )
     except RuntimeError as error:
         error.add_note(
