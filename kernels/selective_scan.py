@@ -483,7 +483,10 @@ def _float32(tensor: Tensor | None) -> Tensor | None:
 
 
 class _Cut(NamedTuple):
-    """How a kernel is cut: states that a lane has of a channel, steps of a tile, warps of a program, registers."""
+    """How a kernel is cut: states that a lane has of a channel, steps of a tile, warps of a program.
+
+    `registers` per lane at most, where there are more warps than would fit without that limit.
+    """
 
     own: int
     tile: int
@@ -494,6 +497,7 @@ class _Cut(NamedTuple):
 _FEW_WARPS = 1024
 _MANY_WARPS = 4096  # more than an H200 holds at a time
 _SHORTEST_STRETCH = 256  # steps
+_RESIDENT_WARPS = 1584  # that an H200 holds at a time without a limit of registers
 
 
 def _forward_cut(states: int, dtype: torch.dtype) -> _Cut:
@@ -536,6 +540,7 @@ class _Call:
             stretches = min(_MANY_WARPS // warps, self.length // _SHORTEST_STRETCH)
             self.span = ceil_div(self.padded // unit, max(stretches, 1)) * unit
         self.stretches = ceil_div(self.padded, self.span)
+        self.registers = cut.registers if warps * self.stretches > _RESIDENT_WARPS else None
 
     @property
     def grid(self) -> tuple[int]:
@@ -591,7 +596,7 @@ class _Call:
             SOFTPLUS=self.softplus,
             EXACT=self.u.dtype == torch.float32,
             num_warps=self.cut.warps,
-            maxnreg=self.cut.registers,
+            maxnreg=self.registers,
         )
 
 
