@@ -138,14 +138,8 @@ def _forward_kernel(
     delta += image * stride_pb + k * stride_pk
     if RANK > 0:
         r = tl.arange(0, RANK_BLOCK)
-        expand = (
-            tl.load(
-                weight + (k * DIM + d)[:, None] * RANK + r[None, :],
-                mask=inside[:, None] & (r < RANK)[None, :],
-                other=0.0,
-            )
-            * LOG2_E
-        )  # [CHANNELS, RANK_BLOCK]
+        some_rank = inside[:, None] & (r < RANK)[None, :]
+        expand = tl.load(weight + (k * DIM + d)[:, None] * RANK + r[None, :], mask=some_rank, other=0.0) * LOG2_E
         shifts = _tile_of_shifts(shift if ahead else 0.0, CHANNELS, TILE)
     positions += line * padded
     y += ((image * ROUTES * SEGMENTS + line) * padded + start) * DIM + d
