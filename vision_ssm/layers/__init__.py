@@ -1,24 +1,28 @@
 """Building blocks shared by every backbone: the only place for norms, stems, downsampling, MLPs and position tables."""
 
 from .activation import get_activation
-from .conv import ChannelLastConv2d, DepthwiseConv2d
+from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
 from .downsample import ConvDownsample, PatchMerging
+from .head import DistilledHead
 from .mlp import build_mlp
-from .norm import ChannelLastBatchNorm, LayerNorm, add_norm, get_norm
+from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .stem import ConvStem, PatchStem
 from .watched import is_plain
 
 __all__ = [
+    "CausalConv1d",
     "ChannelLastBatchNorm",
     "ChannelLastConv2d",
     "ConvDownsample",
     "ConvStem",
     "DepthwiseConv2d",
+    "DistilledHead",
     "LayerNorm",
     "PatchMerging",
     "PatchStem",
     "PositionTable",
+    "RMSNorm",
     "add_norm",
     "build_mlp",
     "get_activation",

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..ops.depthwise_conv import depthwise_conv
 from .activation import get_activation
@@ -41,3 +42,32 @@ class DepthwiseConv2d(nn.Conv2d):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.act(depthwise_conv(x, self.weight, self.bias, activation=self.fused_act))
+
+
+class CausalConv1d(nn.Conv1d):
+    """Depthwise convolution of a token sequence that sees a token and the ``width - 1`` before it, then an activation.
+
+    Args:
+        dim: channels.
+        width: taps.
+        bias: whether there is a bias.
+        act: ``"silu"``, ``"gelu"`` or ``"identity"``, in the same operator.
+        reverse: see the tokens behind instead: the convolution of the reversed sequence, turned back.
+    """
+
+    def __init__(self, dim: int, width: int = 4, bias: bool = True, act: str = "silu", reverse: bool = False):
+        super().__init__(dim, dim, width, groups=dim, bias=bias)
+        self.reverse = reverse
+        self.fused_act = _FUSED_ACTIVATIONS[act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, dim), any float dtype. Returns the same shape, in the autocast dtype if there is one."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # half of a centred kernel: taps behind the token are 0
+        weight = F.pad(self.weight.flip(-1) if self.reverse else self.weight, self._padding())
+        return depthwise_conv(x.unsqueeze(1), weight.unsqueeze(2), self.bias, activation=self.fused_act).squeeze(1)
+
+    def _padding(self) -> tuple[int, int]:
+        empty = self.kernel_size[0] - 1
+        return (empty, 0) if self.reverse else (0, empty)

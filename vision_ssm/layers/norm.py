@@ -3,6 +3,7 @@
 import torch
 from timm.layers import DropPath
 from torch import nn
+from torch.nn import functional as F
 
 from ..ops.layer_norm import layer_norm
 from ..registry import suggest
@@ -29,15 +30,32 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=out_dtype)
 
 
-def get_norm(name: str, dim: int) -> nn.Module:
-    """A norm for (B, H, W, `dim`) maps: ``"layer"`` (over channels, eps 1e-5), ``"batch"`` or ``"none"``.
+class RMSNorm(nn.RMSNorm):
+    """``x / rms(x) * weight`` over the channels, computed in float32 at least.
+
+    The result of `forward` is float32 under autocast; `add_norm` gives the autocast dtype.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, ..., C). Returns the same shape."""
+        return self.normalise(x, torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype)
+
+    def normalise(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        """`forward` with the result in `out_dtype`."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(out_dtype)
+
+
+def get_norm(name: str, dim: int, eps: float = 1e-5) -> nn.Module:
+    """A norm for (B, ..., `dim`) maps: ``"layer"`` or ``"rms"`` (over channels), ``"batch"`` or ``"none"``.
 
     Raises:
         ValueError: `name` is not one of them.
     """
     norms = {
-        "layer": lambda: LayerNorm(dim, eps=1e-5),
-        "batch": lambda: ChannelLastBatchNorm(dim),
+        "layer": lambda: LayerNorm(dim, eps=eps),
+        "rms": lambda: RMSNorm(dim, eps=eps),
+        "batch": lambda: ChannelLastBatchNorm(dim, eps=eps),
         "none": lambda: nn.Identity(),
     }
     if name not in norms:
@@ -59,13 +77,14 @@ def add_norm(
     Returns:
         s in the dtype of `x`, and the norm of it in the autocast dtype, if there is one, for the layers that follow.
     """
+    kind = x.device.type
+    out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    out_dtype = out_dtype if x.dtype == torch.float32 else x.dtype
     if not is_plain(norm, LayerNorm):
         if branch is not None:
             x = x + (branch if drop_path is None else drop_path(branch))
-        return x, norm(x)
-    kind = x.device.type
-    out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    options = dict(eps=norm.eps, out_dtype=out_dtype if x.dtype == torch.float32 else x.dtype)
+        return x, norm.normalise(x, out_dtype) if is_plain(norm, RMSNorm) else norm(x)
+    options = dict(eps=norm.eps, out_dtype=out_dtype)
     if branch is None:
         return x, layer_norm(x, norm.weight, norm.bias, **options)
     scale = None

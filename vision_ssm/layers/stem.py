@@ -8,25 +8,40 @@ from .norm import add_norm, get_norm
 
 
 class PatchStem(nn.Module):
-    """Non-overlapping patches: a convolution with kernel = stride = `patch_size`, then a norm.
+    """Patches: a convolution of kernel `patch_size`, then a norm.
 
-    A size that the patch does not divide is padded with zeros at the bottom and right, so that no pixel is lost and
-    the map has ``ceil(size / patch_size)`` cells; `remainder="drop"` cuts the rest off instead, as most originals do.
+    Patches lie side by side, or overlap where `stride` is smaller. A size that they do not fill is padded with zeros at
+    the bottom and right, so that no pixel is lost; `remainder="drop"` cuts the rest off instead, as most originals do.
     """
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, norm: str = "layer", remainder: str = "pad"):
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        patch_size: int = 4,
+        norm: str = "layer",
+        remainder: str = "pad",
+        stride: int | None = None,
+    ):
         super().__init__()
         if remainder not in ("pad", "drop"):
             raise ValueError(f"remainder is 'pad' or 'drop', got {remainder!r}")
         self.patch_size = patch_size
+        self.stride = patch_size if stride is None else stride
         self.remainder = remainder
-        self.conv = nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.conv = nn.Conv2d(in_chans, dim, patch_size, stride=self.stride)
         self.norm = get_norm(norm, dim)
+
+    def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Cells of the map of an image of `size` (height, width)."""
+        rounding = self.stride - 1 if self.remainder == "pad" else 0
+        height, width = ((side - self.patch_size + rounding) // self.stride + 1 for side in size)
+        return height, width
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, H', W', dim)."""
         if self.remainder == "pad":
-            bottom, right = -x.shape[2] % self.patch_size, -x.shape[3] % self.patch_size
+            bottom, right = ((self.patch_size - side) % self.stride for side in x.shape[2:])
             if bottom or right:
                 x = F.pad(x, (0, right, 0, bottom))
         x = self.conv(x.contiguous(memory_format=torch.channels_last))

@@ -135,9 +135,28 @@ class S6Core(RouteCore):
         self.D = nn.Parameter(torch.ones(count, dim))
 
     def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+        return self.scan_routes(x, table, norm)
+
+    def scan_routes(
+        self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None, merge: bool = True
+    ) -> torch.Tensor:
+        """`scan` of maps that may differ from route to route, with outputs that may be kept apart.
+
+        Args:
+            x: (B, L, dim), or (B, L, K, dim) where every route has a map of its own.
+            table: the routes.
+            norm: normalises the merged output.
+            merge: add the outputs of all routes.
+
+        Returns:
+            (B, L, dim), or (B, L, K, dim) if not `merge`; float32 (float64 for float64 input) without a norm.
+        """
         weight = self.of_routes("x_proj_weight", table)
-        projected = F.linear(x, weight.flatten(0, 1))  # (B, L, K*(R+2N)); pointwise, so it commutes with the routes
-        projected = projected.view(*x.shape[:2], *weight.shape[:2])  # (B, L, K, R+2N)
+        # pointwise, so it commutes with the routes
+        if x.dim() == 4:
+            projected = torch.einsum("blkd,kpd->blkp", x, weight)  # (B, L, K, R+2N)
+        else:
+            projected = F.linear(x, weight.flatten(0, 1)).view(*x.shape[:2], *weight.shape[:2])  # (B, L, K, R+2N)
         low_rank, b, c = _unpack(projected, [self.dt_rank, self.state_dim, self.state_dim])
         options = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
         return scan_2d(
@@ -152,6 +171,7 @@ class S6Core(RouteCore):
             dt_weight=self.of_routes("dt_proj_weight", table),
             dt_bias=self.of_routes("dt_proj_bias", table),
             segment=table.segment,
+            merge=merge,
             **options,
         )
 
