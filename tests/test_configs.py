@@ -10,10 +10,10 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS, LOG_PROCESSORS, METRICS, MODELS, PARAM_SCHEDULERS, VISBACKENDS
 
 from vision_ssm import list_models
-from vision_ssm.backbones.vmamba import PUBLISHED, VARIANTS
 from vision_ssm.data import build_transform
 from vision_ssm.engine.config import check_option
 from vision_ssm.engine.optim import ParameterGroups
+from vision_ssm.factory import find_family
 from vision_ssm.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # schedules without training
@@ -71,14 +71,18 @@ def test_leaf_is_short_and_names_its_model(path):
     cfg = Config.fromfile(str(path))
     name = cfg.model.backbone.name
     if name != "vmamba_micro":
-        assert path.stem in (f"{name}_8xb128_in1k", f"{name}_finetune")
+        assert re.fullmatch(rf"{name}_(\d+xb\d+_in1k(_distill)?|finetune)", path.stem)
     if path.stem.endswith("_in1k"):
-        assert cfg.model.backbone.drop_path_rate == VARIANTS[name]["drop_path_rate"]
-        published = PUBLISHED.get(name)
+        family = find_family(name)
+        assert cfg.model.backbone.get("drop_path_rate", 0.0) == family.variants[name].get("drop_path_rate", 0.0)
+        batch = re.search(r"_(\d+)xb(\d+)_in1k$", path.stem)
+        assert int(batch[2]) == cfg.train_dataloader.batch_size
+        assert int(batch[1]) * int(batch[2]) == cfg.auto_scale_lr.base_batch_size
+        published = family.published.get(name)
         if published is None:
-            assert "Neither weights nor an accuracy are published" in lines[0]
+            assert "Neither weights nor an accuracy are published" in " ".join(lines[:3])
         else:
-            assert f"reported top-1 {published['top1_reported']} %" in lines[0]
+            assert f"reported top-1 {published['top1_reported']} %" in " ".join(lines[:3])
 
 
 def test_bases_have_no_bases_and_are_all_used():
@@ -91,8 +95,8 @@ def test_bases_have_no_bases_and_are_all_used():
 
 
 def test_every_variant_has_a_config():
-    configured = {path.stem.removesuffix("_8xb128_in1k") for path in LEAVES if path.stem.endswith("_in1k")}
-    assert configured == {name for name in VARIANTS if not name.endswith("_micro")}
+    configured = {re.sub(r"_\d+xb\d+_in1k$", "", path.stem) for path in LEAVES if path.stem.endswith("_in1k")}
+    assert configured == {name for name in list_models() if not name.endswith("_micro")}
 
 
 def test_recipe_of_vmamba_on_imagenet():

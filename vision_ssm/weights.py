@@ -175,7 +175,7 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
         if name == model.variant:
             continue
         with torch.device("meta"):
-            other = type(model)(**{**settings, "num_classes": _num_classes(ours)})
+            other = type(model)(**{**settings, "num_classes": _num_classes(model, ours)})
         shapes = {key: tuple(value.shape) for key, value in other.state_dict().items()}
         if shapes == {key: tuple(value.shape) for key, value in ours.items()}:
             return f"the file fits {name}, not {model.variant or 'this model'}"
@@ -184,8 +184,8 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
     )
 
 
-def _num_classes(tensors: Mapping[str, torch.Tensor]) -> int:
-    return tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
+def _num_classes(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> int:
+    return tensors[model.classifier_key].shape[0] if model.classifier_key in tensors else 0
 
 
 def load_state_dict(
@@ -251,8 +251,8 @@ def load_state_dict(
             report.missing or report.unexpected
         )
         advice = (
-            f"the classifier has {_num_classes(given)} classes in the file and {model.num_classes} in the model; pass"
-            " reset_head=True to start it anew"
+            f"the classifier has {_num_classes(model, given)} classes in the file and {model.num_classes} in the model;"
+            " pass reset_head=True to start it anew"
             if head_only
             else _explain_misfit(model, tensors)
         )

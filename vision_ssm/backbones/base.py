@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import add_norm, build_mlp, get_norm
 from ..registry import BACKBONES
 from ..scans import build_scan
+from ..scans.sequence import TokenLayout
 
 MIN_IMAGE_SIZE = 32
 DEFAULT_PRETRAINED_CFG = dict(
@@ -57,6 +58,7 @@ class ScanBlock(nn.Module):
         mlp_ratio: hidden width of the MLP over `dim`; 0 leaves the MLP out.
         mlp_act, mlp_gated, mlp_dropout: see `build_mlp`.
         drop_path: probability of dropping a branch for a sample, in training.
+        norm_eps: epsilon of the norms.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class ScanBlock(nn.Module):
         scan: dict | Literal[False],
         *,
         norm: str = "layer",
+        norm_eps: float = 1e-5,
         mlp_ratio: float = 4.0,
         mlp_act: str = "gelu",
         mlp_gated: bool = False,
@@ -74,22 +77,25 @@ class ScanBlock(nn.Module):
         super().__init__()
         self.mixer = None
         if scan is not False:
-            self.norm1 = get_norm(norm, dim)
+            self.norm1 = get_norm(norm, dim, norm_eps)
             self.mixer = build_scan(scan, dim)
         self.mlp = None
         if mlp_ratio > 0:
-            self.norm2 = get_norm(norm, dim)
+            self.norm2 = get_norm(norm, dim, norm_eps)
             self.mlp = build_mlp(dim, int(dim * mlp_ratio), act=mlp_act, gated=mlp_gated, dropout=mlp_dropout)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: torch.Tensor, branch: "Branch | None" = None) -> "tuple[torch.Tensor, Branch | None]":
-        """The residual stream x, (B, H, W, dim), and what is still to be added to it, before and after the block.
+    def forward(
+        self, x: torch.Tensor, branch: "Branch | None" = None, layout: TokenLayout | None = None
+    ) -> "tuple[torch.Tensor, Branch | None]":
+        """The residual stream x and what is still to be added to it, before and after the block.
 
-        An addition waits for the norm that follows it, because the two together pass over memory once.
+        An addition waits for the norm that follows it, because the two together pass over memory once. The stream is a
+        map, (B, H, W, dim), or a sequence with class tokens, (B, T, dim), of the given `layout`.
         """
         if self.mixer is not None:
             x, normed = add_norm(self.norm1, x, *(branch or ()))
-            branch = self.mixer(normed), self.drop_path
+            branch = self.mixer(normed) if layout is None else self.mixer.scan_tokens(normed, layout), self.drop_path
         if self.mlp is not None:
             x, normed = add_norm(self.norm2, x, *(branch or ()))
             branch = self.mlp(normed), self.drop_path
@@ -166,6 +172,8 @@ class Backbone(nn.Module):
     """Constructor keywords of every published variant, and of the family's small test variant."""
     published: ClassVar[dict[str, dict[str, Any]]]
     """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
+    classifier_key: ClassVar[str] = "head.weight"
+    """A tensor of the classifier whose first size is the number of classes."""
 
     stem: nn.Module
     stages: nn.ModuleList
@@ -212,13 +220,16 @@ class Backbone(nn.Module):
         self._wants_out_norm = features_only and out_norm
         self.head_drop = nn.Dropout(drop_rate)
 
-    def finish(self, dims: Sequence[int], reductions: Sequence[int], norm: str = "layer") -> None:
+    def finish(
+        self, dims: Sequence[int], reductions: Sequence[int], norm: str = "layer", norm_eps: float = 1e-5
+    ) -> None:
         """Build what follows the stages and initialise all weights. To be called last in a family's constructor.
 
         Args:
             dims: channels of each stage.
             reductions: stride of each stage.
             norm: norm of the final map, and of each feature map of a `features_only` model.
+            norm_eps: epsilon of these norms.
         """
         self.feature_info = [
             dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
@@ -231,11 +242,15 @@ class Backbone(nn.Module):
             self.norm, self.head = nn.Identity(), nn.Identity()
             del self.stages[self.out_indices[-1] + 1 :]  # later stages would get no gradient
             if self._wants_out_norm:
-                self.out_norms.update({str(i): get_norm(norm, dims[i]) for i in self.out_indices})
+                self.out_norms.update({str(i): get_norm(norm, dims[i], norm_eps) for i in self.out_indices})
         else:
-            self.norm = get_norm(norm, dims[-1])
-            self.head = nn.Linear(self.num_features, self.num_classes) if self.num_classes else nn.Identity()
+            self.norm = get_norm(norm, dims[-1], norm_eps)
+            self.head = self.build_head(self.num_classes) if self.num_classes else nn.Identity()
         self.apply(self._init_weights)
+
+    def build_head(self, num_classes: int) -> nn.Module:
+        """What turns the pooled vector, (B, num_features), into logits; a family may have more than a linear layer."""
+        return nn.Linear(self.num_features, num_classes)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -247,13 +262,22 @@ class Backbone(nn.Module):
     def _resolve_indices(self, out_indices: Sequence[int] | int | None) -> list[int]:
         count = len(self.feature_info)
         if out_indices is None:
-            return list(range(count))
+            return self.default_out_indices()
         if isinstance(out_indices, int):
             raise TypeError(f"out_indices is a sequence of stage numbers such as (0, 1, 2, 3), got {out_indices!r}")
         resolved = [i + count if i < 0 else i for i in out_indices]
         if not resolved or any(not 0 <= i < count for i in resolved) or len(set(resolved)) != len(resolved):
             raise ValueError(f"out_indices must be different stages in 0..{count - 1}, got {tuple(out_indices)}")
         return sorted(resolved)
+
+    def default_out_indices(self) -> list[int]:
+        """Stages whose maps are returned unless others are asked for."""
+        return list(range(len(self.feature_info)))
+
+    @property
+    def out_info(self) -> list[dict[str, Any]]:
+        """For every map that `forward_intermediates` returns by default: dict(num_chs, reduction, module)."""
+        return [self.feature_info[i] for i in self.out_indices]
 
     def _check_images(self, x: torch.Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
@@ -292,7 +316,7 @@ class Backbone(nn.Module):
         """Maps of the stages `out_indices`, finest first, each (B, C, H', W').
 
         They carry the output norms of a `features_only` model and are raw in a classifier. By default the stages the
-        model was built for, which are all stages of a classifier.
+        model was built for.
         """
         indices = self.out_indices if out_indices is None else self._resolve_indices(out_indices)
         if indices[-1] >= len(self.stages):
@@ -313,7 +337,7 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The linear classifier, or `nn.Identity` where there is none."""
+        """The classifier, or `nn.Identity` where there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -324,8 +348,8 @@ class Backbone(nn.Module):
             raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
         reference = next(self.parameters())
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self._init_weights(self.head)
+        self.head = self.build_head(num_classes) if num_classes else nn.Identity()
+        self.head.apply(self._init_weights)
         self.head.to(device=reference.device, dtype=reference.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

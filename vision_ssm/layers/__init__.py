@@ -2,12 +2,13 @@
 
 from .activation import get_activation
 from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
-from .downsample import ConvDownsample, PatchMerging
+from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from .head import DistilledHead
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
-from .stem import ConvStem, PatchStem
+from .pyramid import SimplePyramid
+from .stem import ConvStem, PatchStem, ResidualConvStem
 from .watched import is_plain
 
 __all__ = [
@@ -18,11 +19,14 @@ __all__ = [
     "ConvStem",
     "DepthwiseConv2d",
     "DistilledHead",
+    "InvertedDownsample",
     "LayerNorm",
     "PatchMerging",
     "PatchStem",
     "PositionTable",
     "RMSNorm",
+    "ResidualConvStem",
+    "SimplePyramid",
     "add_norm",
     "build_mlp",
     "get_activation",

@@ -48,3 +48,24 @@ class ConvDownsample(nn.Module):
         if self.pad and (x.shape[1] % 2 or x.shape[2] % 2):
             x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         return self.norm(self.conv(x).contiguous())
+
+
+class InvertedDownsample(nn.Module):
+    """Widening 1x1 convolution, strided depthwise 3x3, both with ReLU, then a 1x1 convolution with batch norm.
+
+    The inner width is 4 * `out_dim`. Downsampling of VSSD and Spatial-Mamba. Parameters: ``expand``, ``depthwise``,
+    ``project``, ``norm``.
+    """
+
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        wide = 4 * out_dim
+        self.expand = nn.Conv2d(dim, wide, 1)
+        self.depthwise = nn.Conv2d(wide, wide, 3, stride=2, padding=1, groups=wide)
+        self.project = nn.Conv2d(wide, out_dim, 1)
+        self.norm = nn.BatchNorm2d(out_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, H, W, dim). Returns (B, ceil(H/2), ceil(W/2), out_dim)."""
+        x = F.relu(self.depthwise(F.relu(self.expand(x.permute(0, 3, 1, 2)))))
+        return self.norm(self.project(x)).permute(0, 2, 3, 1).contiguous()  # (B, H/2, W/2, out_dim)

@@ -1,6 +1,7 @@
 """From an image (B, C, H, W) to the first channel-last map."""
 
 import torch
+from timm.layers import ConvNormAct
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,3 +71,25 @@ class ConvStem(nn.Module):
         x = self.act(add_norm(self.norm1, x.permute(0, 2, 3, 1).contiguous())[1])  # (B, H/2, W/2, dim/2)
         x = self.conv2(x.permute(0, 3, 1, 2))
         return self.norm2(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)
+
+
+class ResidualConvStem(nn.Module):
+    """Two strided 3x3 convolutions with a residual pair between them and a widened end, all with batch norm.
+
+    ``conv1`` (stride 2, dim / 2), ``conv2`` (two convolutions, added to their input), ``conv3`` (stride 2, to 4 dim),
+    ``conv4`` (1x1, to dim); ReLU behind all but the last of ``conv2`` and ``conv4``. Stem of VSSD and Spatial-Mamba.
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        super().__init__()
+        half, wide = dim // 2, 4 * dim
+        self.conv1 = ConvNormAct(in_chans, half, 3, stride=2)
+        self.conv2 = nn.Sequential(ConvNormAct(half, half, 3), ConvNormAct(half, half, 3, apply_act=False))
+        self.conv3 = ConvNormAct(half, wide, 3, stride=2)
+        self.conv4 = ConvNormAct(wide, dim, 1, apply_act=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W). Returns (B, ceil(H / 4), ceil(W / 4), dim)."""
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = x + self.conv2(x)
+        return self.conv4(self.conv3(x)).permute(0, 2, 3, 1).contiguous()  # (B, H/4, W/4, dim)

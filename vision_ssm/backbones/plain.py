@@ -1,0 +1,220 @@
+"""Base of plain backbones: one patch stem, then blocks that all work on maps of the same size."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..layers import PositionTable, SimplePyramid, add_norm
+from ..layers.pyramid import SCALES
+from ..registry import suggest
+from ..scans.sequence import CLASS_TOKENS, SequenceScan, TokenLayout
+from .base import Backbone, Branch
+
+_FEATURE_MAPS = 4
+
+
+class ClassTokens(nn.Module):
+    """Learned class tokens with positions of their own, put into a sequence of patches.
+
+    Parameters: ``tokens`` and ``positions``, (1, n, dim).
+    """
+
+    def __init__(self, dim: int, class_tokens: str):
+        super().__init__()
+        self.class_tokens = class_tokens
+        count = len(TokenLayout(1, 1, class_tokens).positions)
+        self.tokens = nn.Parameter(torch.empty(1, count, dim))
+        self.positions = nn.Parameter(torch.empty(1, count, dim))
+        for parameter in (self.tokens, self.positions):
+            trunc_normal_(parameter, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
+        """x: (B, H, W, dim). Returns the sequence (B, H*W + n, dim) and its layout."""
+        layout = TokenLayout(x.shape[1], x.shape[2], self.class_tokens)
+        tokens = (self.tokens + self.positions).to(x.dtype).expand(x.shape[0], -1, -1)
+        return layout.join(x.flatten(1, 2), tokens), layout
+
+
+class PlainBackbone(Backbone):
+    """A backbone whose stages are single blocks at one stride, any of which can be asked for its map.
+
+    A family builds `stem` and passes its blocks, with the interface of `ScanBlock`, to `finish_plain`. Blocks run on
+    maps (B, H, W, dim), or on sequences (B, T, dim) where class tokens stand among the patches. Only strategies that
+    walk a sequence (`SequenceScan`) can carry class tokens: with any other, the model pools over all cells instead.
+
+    Features are `_FEATURE_MAPS` maps of evenly spaced blocks unless others are asked for, all at the stride of the
+    patches; with `pyramid` they become maps of four strides.
+
+    Args:
+        class_tokens: ``"none"`` (the classifier sees the mean over all cells), ``"first"``, ``"middle"``, ``"last"`` or
+            ``"double"`` (the mean of a first and a last token).
+        feature_source: what a block's map is: ``"stream"``, the residual stream behind it, or ``"mixer"``, what the
+            block adds to the stream.
+        pyramid: make maps at 4, 2, 1 and 1/2 times the size of four blocks' maps, or of one block's map. Needs
+            `features_only`.
+        **common: see `Backbone`.
+    """
+
+    def __init__(
+        self, *, class_tokens: str = "none", feature_source: str = "stream", pyramid: bool = False, **common: Any
+    ):
+        super().__init__(**common)
+        for keyword, value, choices in (
+            ("class_tokens", class_tokens, CLASS_TOKENS),
+            ("feature_source", feature_source, ("stream", "mixer")),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {keyword} {value!r}.{suggest(str(value), choices)}")
+        if pyramid and not self.features_only:
+            raise ValueError("pyramid needs features_only=True: a classifier has no use for it")
+        self.class_tokens = class_tokens
+        self.feature_source = feature_source
+        self.wants_pyramid = pyramid
+        self.grad_checkpointing = False
+
+    def finish_plain(
+        self,
+        blocks: Sequence[nn.Module],
+        dim: int,
+        stride: int,
+        grid_size: tuple[int, int] | None,
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+    ) -> None:
+        """Build what surrounds the blocks and initialise all weights. To be called last in a family's constructor.
+
+        Args:
+            blocks: the blocks, in order.
+            dim: their width.
+            stride: of the patches.
+            grid_size: height and width of the position table; None: no positions.
+            norm, norm_eps: see `Backbone.finish`.
+        """
+        if any(not isinstance(getattr(block, "mixer", None), SequenceScan) for block in blocks):
+            self.class_tokens = "none"
+        self.pos_embed = None if grid_size is None else PositionTable(dim, *grid_size)
+        self.cls_token = None if self.class_tokens == "none" else ClassTokens(dim, self.class_tokens)
+        self.stages = nn.ModuleList(blocks)
+        self.finish([dim] * len(blocks), [stride] * len(blocks), norm, norm_eps)
+        self.pyramid = None
+        if self.wants_pyramid:
+            if len(self.out_indices) not in (1, len(SCALES)):
+                raise ValueError(
+                    f"a pyramid is made of the maps of 1 or {len(SCALES)} blocks, got out_indices={self.out_indices}"
+                )
+            self.pyramid = SimplePyramid(dim)
+
+    def default_out_indices(self) -> list[int]:
+        count = len(self.feature_info)
+        maps = min(_FEATURE_MAPS, count)
+        return [count * (i + 1) // maps - 1 for i in range(maps)]
+
+    @property
+    def out_info(self) -> list[dict[str, Any]]:
+        if self.pyramid is None:
+            return super().out_info
+        stride = self.feature_info[0]["reduction"]
+        return [
+            dict(num_chs=self.num_features, reduction=int(stride / scale), module=f"pyramid.levels.{i}")
+            for i, scale in enumerate(SCALES)
+        ]
+
+    def embed(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenLayout | None, tuple[int, int]]:
+        """x: images. Returns the stream that enters the first block, the layout of its tokens (None if it is a map),
+        and the size of the grid."""
+        self._check_images(x)
+        x = self.stem(x)
+        size = (x.shape[1], x.shape[2])
+        if self.pos_embed is not None:
+            x = self.pos_embed(x)
+        if self.cls_token is None:
+            return x, None, size
+        x, layout = self.cls_token(x)
+        return x, layout, size
+
+    def run_block(
+        self, index: int, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None
+    ) -> tuple[torch.Tensor, Branch | None]:
+        """Block number `index`, its activations recomputed in backward where that is switched on."""
+        block = self.stages[index]
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, branch, layout, use_reentrant=False)
+        return block(x, branch, layout)
+
+    def _block_map(
+        self, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None, size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Map of the block that left `x` and `branch`, (B, H, W, dim)."""
+        if branch is not None:
+            values, drop_path = branch
+            x = values if self.feature_source == "mixer" else x + drop_path(values)
+        if layout is not None:
+            x = layout.split(x)[0].unflatten(1, size)  # (B, L, dim) -> (B, H, W, dim)
+        return x
+
+    def _walk(
+        self, x: torch.Tensor, wanted: Sequence[int]
+    ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, Branch | None, TokenLayout | None]]:
+        """Maps of the `wanted` blocks; stream, branch and layout behind the last block if nothing is wanted."""
+        x, layout, size = self.embed(x)
+        branch, maps = None, {}
+        for i in range(max(wanted) + 1 if wanted else len(self.stages)):
+            x, branch = self.run_block(i, x, branch, layout)
+            if i in wanted:
+                maps[i] = self._block_map(x, branch, layout, size)
+        return maps, (x, branch, layout)
+
+    def forward_intermediates(self, x: torch.Tensor, out_indices: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Maps of the blocks `out_indices`, in order, each (B, C, H', W'), at one stride unless there is a pyramid.
+
+        They carry the output norms of a `features_only` model and are raw in a classifier. By default the blocks the
+        model was built for.
+        """
+        indices = self.out_indices if out_indices is None else self._resolve_indices(out_indices)
+        if indices[-1] >= len(self.stages):
+            raise ValueError(f"this model was built for out_indices={self.out_indices} and has no block {indices[-1]}")
+        found, _ = self._walk(x, indices)
+        maps = [self.out_norms[str(i)](found[i]) if str(i) in self.out_norms else found[i] for i in indices]
+        if self.pyramid is not None:
+            maps = self.pyramid(maps)
+        return [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, in_chans, H, W). Returns the normalised end of the stream.
+
+        A map, (B, C, H', W'), or the sequence (B, T, C) of a model with class tokens.
+        """
+        _, (x, branch, layout) = self._walk(x, ())
+        features = add_norm(self.norm, x, *(branch or ()))[1]
+        return features.permute(0, 3, 1, 2) if layout is None else features
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """features: of `forward_features`. Returns the vector that the classifier sees, (B, C)."""
+        if features.dim() == 4:
+            return features.mean(dim=(2, 3))
+        count = self.cls_token.tokens.shape[1]
+        positions = TokenLayout(1, features.shape[1] - count, self.class_tokens).positions
+        return torch.stack([features[:, place] for place in positions]).mean(0)
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """features: of `forward_features`. Returns logits, or the pooled (B, C) if `pre_logits`."""
+        pooled = self.head_drop(self.pool(features))
+        return pooled if pre_logits else self.head(pooled)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Patterns that give each parameter its depth (timm's contract), for layer-wise learning rates."""
+        blocks = [(r"^stages\.(\d+)", None), (r"^(?:norm|out_norms|pyramid)\b", (99999,))]
+        return dict(stem=r"^(?:stem|pos_embed|cls_token)\b", blocks=r"^stages\.(\d+)" if coarse else blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are never decayed: those of `Backbone.no_weight_decay`, and class tokens."""
+        tokens = {f"cls_token.{name}" for name in ("tokens", "positions")} if self.cls_token is not None else set()
+        return super().no_weight_decay() | tokens
