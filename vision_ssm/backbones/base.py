@@ -8,7 +8,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import add_norm, build_mlp, get_norm
+from ..layers import DepthwiseConv2d, add_norm, build_mlp, get_norm
 from ..registry import BACKBONES
 from ..scans import build_scan
 from ..scans.sequence import TokenLayout
@@ -102,8 +102,42 @@ class ScanBlock(nn.Module):
         return x, branch
 
 
+class PositionConvBlock(ScanBlock):
+    """`ScanBlock` with a residual depthwise 3x3 convolution, ``conv1`` and ``conv2``, in front of either branch.
+
+    The convolutions tell a mixer without order where its tokens are; drop path does not touch them.
+    """
+
+    def __init__(self, dim: int, scan: dict | Literal[False], **options: Any):
+        super().__init__(dim, scan, **options)
+        self.conv1 = DepthwiseConv2d(dim, 3)
+        self.conv2 = DepthwiseConv2d(dim, 3)
+
+    def forward(
+        self, x: torch.Tensor, branch: "Branch | None" = None, layout: TokenLayout | None = None
+    ) -> "tuple[torch.Tensor, Branch | None]":
+        """As `ScanBlock.forward`, on maps alone."""
+        x = _add(x, branch)
+        x = x + self.conv1(x)
+        if self.mixer is not None:
+            x, normed = add_norm(self.norm1, x)
+            x = x + self.drop_path(self.mixer(normed))
+        x = x + self.conv2(x)
+        if self.mlp is None:
+            return x, None
+        x, normed = add_norm(self.norm2, x)
+        return x, (self.mlp(normed), self.drop_path)
+
+
 Branch = tuple[torch.Tensor, nn.Module]
 """Output of a residual branch, and the drop path that it goes through."""
+
+
+def _add(x: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    if branch is None:
+        return x
+    values, drop_path = branch
+    return x + drop_path(values)
 
 
 class Stage(nn.Module):
@@ -122,10 +156,7 @@ class Stage(nn.Module):
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
                 x, branch = block(x, branch)
-        if branch is None:
-            return x
-        values, drop_path = branch
-        return x + drop_path(values)
+        return _add(x, branch)
 
 
 def register_family(cls: type["Backbone"]) -> dict[str, Callable[..., "Backbone"]]:
