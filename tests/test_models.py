@@ -3,6 +3,7 @@
 import fnmatch
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 
 import vision_ssm
+from vision_ssm.analysis import count_macs
 from vision_ssm.backbones.plain import PlainBackbone
 from vision_ssm.factory import families, find_family
 from vision_ssm.ops import chunked_scan_2d
@@ -49,6 +51,19 @@ def test_published_parameter_count(name):
         model = vision_ssm.create_model(name)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected(name, "parameters")
     assert model.variant == name
+
+
+REPORTED_MACS = [(name, macs) for family in EXPECTED.values() for name, macs in family.get("gmacs", {}).items()]
+
+
+@pytest.mark.parametrize("name,reported", REPORTED_MACS, ids=[name for name, _ in REPORTED_MACS])
+def test_macs_are_the_reported_ones(name, reported):
+    """Where a paper counts as we do, within 2 percent and its rounding."""
+    with torch.device("meta"):
+        size = vision_ssm.create_model(name).pretrained_cfg["input_size"][-1]
+    counted = count_macs(partial(vision_ssm.create_model, name), size) / 1e9
+    digits = len(str(reported).split(".")[1]) if "." in str(reported) else 0
+    assert abs(counted - reported) <= 0.02 * reported + 0.5 * 10**-digits
 
 
 @pytest.mark.parametrize("name", MICRO)

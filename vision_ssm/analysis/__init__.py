@@ -2,6 +2,7 @@
 
 from .benchmark import Measurement, ModelSettings, benchmark_models
 from .benchmark_ops import CASES, OperatorMeasurement, OperatorSettings, benchmark_operator, find_cases
+from .macs import count_macs
 from .sweep import Point, sweep_models, sweep_operators
 from .tables import fill_tables
 from .timing import BenchmarkError, Timing, copy_bandwidth, describe_machine
@@ -18,6 +19,7 @@ __all__ = [
     "benchmark_models",
     "benchmark_operator",
     "copy_bandwidth",
+    "count_macs",
     "describe_machine",
     "fill_tables",
     "find_cases",

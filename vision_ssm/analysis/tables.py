@@ -2,11 +2,16 @@
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+from torch import nn
 
+from ..backbones.base import Backbone
 from ..factory import create_model, find_family, list_models
+from ..registry import SCANS
 from ..scans import build_routes, describe_routes, describe_scan, list_routes, list_scans
+from .macs import count_macs
 
 
 def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -14,8 +19,15 @@ def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
+def _size(count: int) -> str:
+    for unit, letter in ((1e9, "G"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.1f} {letter}"
+    return f"{count / 1e3:.0f} k"
+
+
 def model_table() -> str:
-    """Every variant: family, parameters, the top-1 its authors report, and where their weights are."""
+    """Every variant: input size, parameters, multiply-accumulates, the reported top-1, and where its weights are."""
     rows = []
     for name in list_models():
         with torch.device("meta"):
@@ -24,9 +36,47 @@ def model_table() -> str:
         published = find_family(name).published.get(name, {})
         weights = f"[{published['file']}]({published['url']})" if published else "none published"
         top1 = f"{published['top1_reported']}" if published else "-"
-        size = f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.0f} k"
-        rows.append((f"`{name}`", model.family, size, top1, weights))
-    return _table(("model", "family", "parameters", "ImageNet top-1, reported by the paper", "official weights"), rows)
+        side = model.pretrained_cfg["input_size"][-1]
+        macs = count_macs(partial(create_model, name), side)
+        rows.append((f"`{name}`", model.family, str(side), _size(parameters), _size(macs), top1, weights))
+    headings = (
+        *("model", "family", "input size", "parameters", "MACs"),
+        *("ImageNet top-1, reported by the paper", "official weights"),
+    )
+    return _table(headings, rows)
+
+
+def _strategies(model: Backbone) -> set[type]:
+    return {type(mixer) for module in model.modules() if isinstance(mixer := getattr(module, "mixer", None), nn.Module)}
+
+
+def pair_table() -> str:
+    """Every family with every scan strategy: its own, another, another with pooling in place of class tokens, or none.
+
+    Under the table stands why a pair was refused.
+    """
+    scans, rows, refused = list_scans(), [], []
+    for name in list_models("*_micro"):
+        with torch.device("meta"):
+            own = create_model(name)
+        cells = []
+        for scan in scans:
+            try:
+                with torch.device("meta"):
+                    model = create_model(name, scan=scan)
+            except ValueError as error:
+                cells.append("no")
+                refused.append(f"`{name}` with `{scan}`: {error}")
+                continue
+            if SCANS.module_dict[scan] in _strategies(own):
+                cells.append("own")
+            elif getattr(own, "class_tokens", "none") != getattr(model, "class_tokens", "none"):
+                cells.append("pools")
+            else:
+                cells.append("yes")
+        rows.append((f"`{name}`", *cells))
+    table = _table(("model", *(f"`{scan}`" for scan in scans)), rows)
+    return "\n\n".join([table, *refused])
 
 
 def scan_table() -> str:
@@ -43,7 +93,12 @@ def route_table() -> str:
     return _table(("routes", "number", "what they are"), rows)
 
 
-_TABLES: dict[str, Callable[[], str]] = {"models": model_table, "scans": scan_table, "routes": route_table}
+_TABLES: dict[str, Callable[[], str]] = {
+    "models": model_table,
+    "scans": scan_table,
+    "routes": route_table,
+    "pairs": pair_table,
+}
 
 
 def fill_tables(page: str) -> str:
