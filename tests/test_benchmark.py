@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 import types
 from dataclasses import replace
@@ -373,3 +374,14 @@ def test_on_a_gpu(tool, tmp_path, graph):
     for options in (graphs, [*graphs, "--train"], [*graphs, "--channels-last"]) if graph else (["--train"], ["--compile"]):
         assert tool.main([*command, "--repeats", "3", "--json", str(file), *options]) == 0
         assert all(row["note"] == "" and row["peak_memory"] > 0 for row in json.loads(file.read_text())["rows"])
+
+
+def test_models_apart_with_their_slowest_lines(tool, capsys, tmp_path):
+    """For models that do not fit into memory together; the profile names one operator of each."""
+    data = tmp_path / "apart.json"
+    command = ["model", "vmamba_micro", "timm:test_resnet", *QUICK, "--size", "64", "--apart", "--profile"]
+    assert tool.main([*command, "--train", "--json", str(data)]) == 0
+    printed = capsys.readouterr().out
+    assert "slowest line" in printed and "repeats in turns" not in printed
+    ours, theirs = json.loads(data.read_text())["rows"]
+    assert re.fullmatch(r"\S.* \d+ %", ours["slowest"]) and "conv" in theirs["slowest"]

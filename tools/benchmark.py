@@ -91,6 +91,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     model.add_argument("--size", type=_positive, nargs="+", default=[224], help="side, or height and width, in pixels")
     model.add_argument("--batch", type=_positive, default=1, help="images per step")
     model.add_argument("--train", action="store_true", help="time training steps instead of inference")
+    model.add_argument("--apart", action="store_true",
+                       help="one model after the other, where they do not fit into memory together")  # fmt: skip
+    model.add_argument("--profile", action="store_true", help="name the slowest kernel of each model")
     op = commands.add_parser("op", help="operators", parents=[common, peers])
     op.add_argument("names", nargs="+", metavar="CASE", help=f"pattern or one of {', '.join(CASES)}")
     op.add_argument("--dtype", choices=TYPES, default="bf16", help="type of the activations")
@@ -140,7 +143,7 @@ def _describe_model(arguments: argparse.Namespace, what: str) -> str:
         *(["torch.compile"] if arguments.compile else []),
         *(["CUDA graph"] if arguments.graph else []),
         f"{arguments.warmup} warm-up steps",
-        f"{arguments.repeats} repeats in turns",
+        f"{arguments.repeats} repeats{'' if getattr(arguments, 'apart', False) else ' in turns'}",
     ]
     return ", ".join(parts)
 
@@ -148,8 +151,9 @@ def _describe_model(arguments: argparse.Namespace, what: str) -> str:
 def run_model(arguments: argparse.Namespace, run: Run) -> tuple[list[Any], Table]:
     size = (arguments.size[0], arguments.size[-1])
     run.setting = _describe_model(arguments, f"batch {arguments.batch}, {size[0]} x {size[1]}")
-    settings = replace(_model_settings(arguments), size=size, batch=arguments.batch)
-    rows = benchmark_models(arguments.names, settings)
+    settings = replace(_model_settings(arguments), size=size, batch=arguments.batch, profile=arguments.profile)
+    groups = [[name] for name in arguments.names] if arguments.apart else [arguments.names]
+    rows = [row for names in groups for row in benchmark_models(names, settings)]
     run.remarks += _reasons((row.name, row.backend, row.reason) for row in rows)
     return rows, model_table(rows)
 

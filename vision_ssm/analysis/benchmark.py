@@ -30,6 +30,7 @@ from .timing import (
     on_device,
     peak_memory,
     release_memory,
+    slowest_line,
     synchronize,
     time_in_turns,
     use_backend,
@@ -60,6 +61,7 @@ class ModelSettings:
         channels_last: give images and weights that memory format.
         compile: run the models through `torch.compile`.
         graph: replay a CUDA graph of the step.
+        profile: find the slowest line of one more step, which launches from Python.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -72,6 +74,7 @@ class ModelSettings:
     channels_last: bool = False
     compile: bool = False
     graph: bool = False
+    profile: bool = False
 
 
 @dataclass
@@ -88,6 +91,8 @@ class Measurement:
         images_per_second: batch size over the median.
         peak_memory: bytes allocated at most during a step, with weights, gradients, optimizer state and images, but
             without what other models hold; None on the CPU.
+        slowest: the kernel (on a CPU, the operator) that took most time in all its calls, with its share of the time of
+            all; "" if nobody asked.
         note: why there are no times; "" if there are.
     """
 
@@ -102,6 +107,7 @@ class Measurement:
     upper: float | None = None
     images_per_second: float | None = None
     peak_memory: int | None = None
+    slowest: str = ""
     note: str = ""
 
 
@@ -164,8 +170,8 @@ def _logits_and_gradients(model: nn.Module, image: Tensor, gradients: bool) -> t
         if not gradients:
             return logits, {}
         parameters = dict(model.named_parameters())
-        found = torch.autograd.grad(logits.square().mean(), list(parameters.values()))
-    return logits.detach(), dict(zip(parameters, found))
+        found = torch.autograd.grad(logits.square().mean(), list(parameters.values()), allow_unused=True)
+    return logits.detach(), {key: gradient for key, gradient in zip(parameters, found) if gradient is not None}
 
 
 def _distance(have: Tensor, want: Tensor, floor: Tensor | float = 0.0) -> float:
@@ -264,6 +270,8 @@ def _prepare(contender: _Contender, settings: ModelSettings, check: bool) -> boo
             step()
         synchronize(device)
         row.peak_memory = peak_memory(step, device, before)
+        if settings.profile:
+            row.slowest = slowest_line(step, device)
         if settings.graph:
             step = GraphedStep(step, device)
         if settings.train and settings.graph and not step().isfinite():
@@ -295,7 +303,10 @@ def _training(
     def update() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
-            loss = F.cross_entropy(runner(images), labels)
+            outputs = runner(images)
+            # a distilled head returns two in training
+            heads = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = sum(F.cross_entropy(logits, labels) for logits in heads)
         loss.backward()
         optimizer.step()
         return loss.detach()

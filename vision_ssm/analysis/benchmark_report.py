@@ -118,16 +118,17 @@ def _memory(size: int | None, unit: int, digits: int) -> str:
 
 
 def model_table(rows: Sequence[Measurement]) -> Table:
-    """One line per model; the last column is the time over that of the last model."""
+    """One line per model, with the time over that of the last model and, where it was looked for, the slowest line."""
     headings = [
         "model", "scan backend", "parameters", "median ms (quartiles)", "images/s", "peak GiB", "ratio",
     ]  # fmt: skip
+    profiled = any(row.slowest for row in rows)
     cells = []
     last = rows[-1].median
     for row in rows:
         line = [row.name, row.backend, f"{row.parameters / 1e6:.1f} M"]
         if row.median is None or row.lower is None or row.upper is None:
-            cells.append([*line, row.note, "-", "-", "-"])
+            cells.append([*line, row.note, "-", "-", "-", *["-"] * profiled])
             continue
         cells.append([
             *line,
@@ -135,8 +136,9 @@ def model_table(rows: Sequence[Measurement]) -> Table:
             f"{row.images_per_second:.1f}",
             _memory(row.peak_memory, 2**30, 2),
             "-" if last is None else f"{row.median / last:.2f}",
+            *[row.slowest or "-"] * profiled,
         ])  # fmt: skip
-    return Table(headings, cells, left=2)
+    return Table(headings + ["slowest line"] * profiled, cells, left=2)
 
 
 def operator_table(rows: Sequence[OperatorMeasurement]) -> Table:

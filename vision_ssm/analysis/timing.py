@@ -7,6 +7,7 @@ import functools
 import gc
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -254,6 +255,27 @@ def peak_memory(step: Callable[[], Any], device: torch.device, before: int) -> i
     step()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def slowest_line(step: Callable[[], Any], device: torch.device) -> str:
+    """The kernel of `step` (on a CPU, the operator) that takes most time in all its calls, and its share of all."""
+    kinds = torch.profiler.ProfilerActivity
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile(activities=[kinds.CUDA if on_gpu else kinds.CPU]) as profile:
+        step()
+        synchronize(device)
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {line.key: getattr(line, field) for line in profile.key_averages()}
+    if not any(times.values()):
+        return ""
+    longest = max(times, key=times.__getitem__)
+    return f"{_short_name(longest)} {100 * times[longest] / sum(times.values()):.0f} %"
+
+
+def _short_name(kernel: str) -> str:
+    """A kernel's name without return type, template arguments and parameters."""
+    name = re.sub(r"^void ", "", kernel)
+    return re.split(r"[<(]", name)[0].rsplit("::", 1)[-1]
 
 
 def allocated(device: torch.device) -> int:
