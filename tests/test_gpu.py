@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vision_ssm
+from vision_ssm.factory import families
 from vision_ssm.ops import backend, scan_2d, select_backend, selective_scan, ssd
 from vision_ssm.scans import build_routes
 
@@ -25,19 +26,34 @@ def _exact_float32():
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-@pytest.mark.parametrize("name", golden_cases.names("vmamba"))
-def test_golden(name, monkeypatch):
+def _cases() -> list[tuple[str, str]]:
+    """Every case of VMamba, whose kernels all others share, and the two smallest models of each other family."""
+    chosen = []
+    for family in sorted(families()):
+        names = golden_cases.names(family)
+        if family != "vmamba":
+            names = sorted(names, key=lambda name: golden_cases.load(name)["params"])[:2]
+        chosen += [(family, name) for name in names]
+    return chosen
+
+
+@pytest.mark.parametrize("family,name", _cases(), ids=lambda value: value.replace("/", "-"))
+def test_golden(family, name, monkeypatch):
     """What the original code computes, through the Triton kernels of every operator that has one."""
     case = golden_cases.load(name)
-    model = vision_ssm.import_official("vmamba", case["config"], golden_cases.weights(case)).cuda()
+    model = vision_ssm.import_official(family, case["config"], golden_cases.weights(case)).cuda()
     image = golden_cases.images(case["input"]).cuda()
     monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
     for op in ("scan_2d", "layer_norm", "depthwise_conv"):
         assert select_backend(image, op) == ("triton", "")
+    outputs = case["outputs"]
     with torch.inference_mode():
-        features = model.forward_intermediates(image)
-    for expected, feature in zip(case["outputs"]["features"], features, strict=True):
+        features = model.forward_intermediates(image) if outputs.get("features") else []
+        logits = model(image) if "logits" in outputs else None
+    for expected, feature in zip(outputs.get("features", []), features, strict=True):
         assert golden_cases.sample_error(expected, feature.cpu()) < case["tolerance"]
+    if logits is not None:
+        assert golden_cases.sample_error(outputs["logits"], logits.cpu()) < case["tolerance"]
 
 
 def _close(ours, twin, inputs):
@@ -106,7 +122,9 @@ def test_autocast(name, dtype, scale):
     model = vision_ssm.create_model(name, num_classes=5).cuda().train()
     image = scale * torch.randn(2, 3, 64, 96, device="cuda")
     with torch.autocast("cuda", dtype=dtype):
-        loss = model(image).float().square().mean()
+        outputs = model(image)
+    heads = outputs if isinstance(outputs, tuple) else (outputs,)  # a distilled head returns two in training
+    loss = sum(logits.float().square().mean() for logits in heads)
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
