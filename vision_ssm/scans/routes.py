@@ -170,6 +170,25 @@ class Cross(Routes):
         return torch.cat([forward, forward.flip(-1)])  # (4, H*W)
 
 
+@ROUTES.register_module(name="snake")
+class Snake(Routes):
+    """Rows and columns in turns, left and right or down and up, so that steps go to neighbours; then both reversed.
+
+    PlainMamba's continuous scan (arXiv 2403.17695): rows, rows reversed, columns, columns reversed.
+    """
+
+    num_routes = 4
+
+    def orders(self, height, width, device=None):
+        grid = _raster(height, width, device).view(height, width)
+        paths = []
+        for lines in (grid, grid.t()):
+            backwards = torch.arange(lines.shape[0], device=device) % 2 == 1
+            path = torch.where(backwards[:, None], lines.flip(-1), lines).reshape(-1)  # (H*W,)
+            paths += [path, path.flip(-1)]
+        return torch.stack(paths)  # (4, H*W)
+
+
 @ROUTES.register_module(name="bidirectional")
 class Bidirectional(Routes):
     """The raster `repeats` times, then its reverse `repeats` times, each with weights of its own."""
