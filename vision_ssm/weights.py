@@ -226,7 +226,7 @@ def load_state_dict(
                 report.unexpected.append(key)
             continue
         target = wanted[key]
-        if key == "pos_embed.table" and value.ndim == 4 and value.shape[:2] == target.shape[:2]:
+        if key.endswith("pos_embed.table") and value.ndim == 4 and value.shape[:2] == target.shape[:2]:
             value = resample_position_table(value, *target.shape[2:])
         if value.shape != target.shape:
             if reset_head and key.startswith("head."):

@@ -178,10 +178,14 @@ class PlainBackbone(Backbone):
         if indices[-1] >= len(self.stages):
             raise ValueError(f"this model was built for out_indices={self.out_indices} and has no block {indices[-1]}")
         found, _ = self._walk(x, indices)
-        maps = [self.out_norms[str(i)](found[i]) if str(i) in self.out_norms else found[i] for i in indices]
+        maps = [self.map_norm(i)(found[i]) for i in indices]
         if self.pyramid is not None:
             maps = self.pyramid(maps)
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')
+
+    def map_norm(self, index: int) -> nn.Module:
+        """What normalises the map of block `index` before it is returned."""
+        return self.out_norms[str(index)] if str(index) in self.out_norms else nn.Identity()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in_chans, H, W). Returns the normalised end of the stream.
