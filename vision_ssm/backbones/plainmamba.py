@@ -118,7 +118,7 @@ class PlainMamba(PlainBackbone):
         if any(not 0 <= i < depth for i in local_blocks):
             raise ValueError(f"local_blocks must be numbers of blocks in 0..{depth - 1}, got {tuple(local_blocks)}")
         if norm_indices is not None and self.features_only:
-            raise ValueError("norm_indices is for classifiers; a features_only model normalises the maps of out_indices")
+            raise ValueError("norm_indices is for classifiers; a features_only model normalises those of out_indices")
         self.stem = ConvPatchStem(self.in_chans, dim, stem_convs)
         spec = resolve_scan(scan, _SCAN)
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
@@ -181,11 +181,11 @@ class PlainMamba(PlainBackbone):
         if unknown:
             hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
             raise ValueError(f"unknown hyperparameters of an original PlainMamba: {', '.join(unknown)}.{hints}")
-        arch = config.get("arch", _OFFICIAL_DEFAULTS["arch"])
-        if not isinstance(arch, dict):
-            if arch is not None and arch not in _OFFICIAL_ARCHS:
-                raise ValueError(f"unknown arch {arch!r} of an original PlainMamba.{suggest(str(arch), _OFFICIAL_ARCHS)}")
-            arch = _OFFICIAL_ARCHS.get(arch, {})
+        arch = config.get("arch") or {}
+        if isinstance(arch, str):
+            if arch not in _OFFICIAL_ARCHS:
+                raise ValueError(f"unknown arch {arch!r} of an original PlainMamba.{suggest(arch, _OFFICIAL_ARCHS)}")
+            arch = _OFFICIAL_ARCHS[arch]
         given = {**_OFFICIAL_DEFAULTS, **arch, **config}
         if given["patch_size"] != _PATCH_SIZE:
             raise ValueError(f"the patches of PlainMamba are {_PATCH_SIZE} x {_PATCH_SIZE}, got {given['patch_size']}")
@@ -245,7 +245,7 @@ OFFICIAL_MIXER_KEYS = (
 )
 """Names inside the original mixer, which VCMamba took over, and inside `ContinuousScan`."""
 
-_OFFICIAL_ARCHS: dict[str | None, dict[str, Any]] = {
+_OFFICIAL_ARCHS: dict[str, dict[str, Any]] = {
     "L1": dict(embed_dims=192, num_layers=24, num_convs_patch_embed=1, layers_with_dwconv=[0]),
     "L2": dict(embed_dims=384, num_layers=24, num_convs_patch_embed=2, layers_with_dwconv=[]),
     "L3": dict(embed_dims=448, num_layers=36, num_convs_patch_embed=2, layers_with_dwconv=[]),

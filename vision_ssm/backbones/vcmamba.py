@@ -2,8 +2,8 @@
 
 Paper: VCMamba: Bridging Convolutions with Multi-Directional Mamba for Efficient Visual Representation, arXiv
 2509.04669 (ICCV 2025, workshop ECLR).
-Source: github.com/Wertyuui345/VCMamba, commit f8795a0, model/mambacnn.py and model/plain_mamba_layer.py, and
-segmentation/MambaCNNBackbone.py for the dense backbone. Weights: see `PUBLISHED`; the licence is that of the repository.
+Source: github.com/Wertyuui345/VCMamba, commit f8795a0, model/mambacnn.py, model/plain_mamba_layer.py and, for the dense
+backbone, segmentation/MambaCNNBackbone.py. Weights: see `PUBLISHED`; the licence is that of the repository.
 
 New in this family: token mixing by depthwise convolutions inside the MLPs of all blocks, and PlainMamba's scan in the
 last blocks of the last stage alone, in the form of `ContinuousScan` without gate, with batch-normalised 1x1
