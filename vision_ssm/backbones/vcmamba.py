@@ -47,12 +47,10 @@ class StridedConvStem(nn.Sequential):
     """Two 3x3 convolutions of stride 2, each with batch norm and an activation, ``"relu"`` or ``"gelu"``."""
 
     def __init__(self, in_chans: int, dim: int, act: str):
-        options = dict(stride=2, bias=True, act_layer=type(get_activation(act)))
-        super().__init__(
-            ConvNormAct(in_chans, dim // 2, 3, **options),
-            ConvNormAct(dim // 2, dim, 3, **options),
-        )
-        for block in self:
+        options: dict[str, Any] = dict(stride=2, bias=True, act_layer=type(get_activation(act)))
+        blocks = [ConvNormAct(in_chans, dim // 2, 3, **options), ConvNormAct(dim // 2, dim, 3, **options)]
+        super().__init__(*blocks)
+        for block in blocks:
             lecun_normal_(block.conv.weight)
             nn.init.zeros_(block.conv.bias)
 

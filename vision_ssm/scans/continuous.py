@@ -6,6 +6,7 @@ f8795a0, model/plain_mamba_layer.py.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -96,18 +97,20 @@ class ContinuousCore(RouteCore):
             trunc_normal_(self.x_proj_weight, std=_INITIAL_STD)
             trunc_normal_(self.dt_proj_weight, std=_INITIAL_STD)
 
-    def scan(self, x: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+    def scan(  # type: ignore[override]  # its routes make these tables
+        self, x: torch.Tensor, table: MoveTable, norm: nn.LayerNorm | None = None
+    ) -> torch.Tensor:
         return self.scan_projected(x, F.linear(x, self.x_proj_weight), table, norm)
 
     def scan_projected(
-        self, x: torch.Tensor, projected: torch.Tensor, table: RouteTable, norm: nn.LayerNorm | None = None
+        self, x: torch.Tensor, projected: torch.Tensor, table: MoveTable, norm: nn.LayerNorm | None = None
     ) -> torch.Tensor:
         """`scan` with given projections.
 
         Args:
             x: (B, L, D).
             projected: (B, L, R+2N), low-rank step sizes, B and C of the cells in raster order.
-            table: a `MoveTable`.
+            table: the routes.
             norm: normalises the merged output.
 
         Returns:
@@ -121,7 +124,9 @@ class ContinuousCore(RouteCore):
         # added to all columns, so that the three parts still lie side by side
         bias = F.pad(self.direction_bias, (self.dt_rank, self.state_dim))[table.move.t()]  # (L, K, R+2N)
         low_rank, b, c = _unpack(projected + bias, [self.dt_rank, self.state_dim, self.state_dim])
-        options = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
+        options: dict[str, Any] = {}
+        if norm is not None:
+            options = dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
         return scan_2d(
             x,
             low_rank,
