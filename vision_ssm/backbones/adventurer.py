@@ -1,8 +1,7 @@
 """Adventurer: a plain Mamba-2 backbone that reads the patches of an image as one causal sequence.
 
 Paper: Causal Image Modeling for Efficient Visual Understanding, arXiv 2410.07599 (CVPR 2025).
-Source: github.com/wangf3014/Adventurer, commit a895f9ed, models_mamba.py. Weights: see `PUBLISHED`; the repository names
-no licence for them.
+Source: github.com/wangf3014/Adventurer, commit a895f9ed, models_mamba.py. Weights: see `PUBLISHED`.
 
 New in this family: the mixer `CausalScan`, one forward scan behind a token that is the mean of all tokens, with the
 class token last, where it has seen everything. The paper reverses the patches in every second pair of blocks; its code,
@@ -192,7 +191,8 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     drop_path_rate=0.0,
 )
 
-_BASE = dict(dim=768, depth=12)
+_BASE = dict(dim=768, depth=12, drop_path_rate=0.1)
+_LARGE_INPUT = dict(_BASE, drop_path_rate=0.6)
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "adventurer_tiny_patch16_224": dict(dim=256, depth=12),
@@ -200,9 +200,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adventurer_base_patch16_224": _BASE,
     "adventurer_large_patch16_224": dict(dim=1024, depth=24),
     "adventurer_base_patch8_224": dict(_BASE, patch_size=8),
-    "adventurer_base_patch16_384": dict(_BASE, img_size=384),
-    "adventurer_base_patch16_448": dict(_BASE, img_size=448),
-    "adventurer_base_patch8_448": dict(_BASE, patch_size=8, img_size=448),
+    "adventurer_base_patch16_384": dict(_LARGE_INPUT, img_size=384),
+    "adventurer_base_patch16_448": dict(_LARGE_INPUT, img_size=448),
+    "adventurer_base_patch8_448": dict(_LARGE_INPUT, patch_size=8, img_size=448),
     "adventurer_micro": dict(dim=32, depth=4, img_size=64, scan=dict(_SCAN, state_dim=16, head_dim=16)),
 }
 
