@@ -10,6 +10,7 @@ from typing import Any
 MODULES: dict[str, str] = {
     "scan_2d": "scan_2d",
     "selective_scan": "selective_scan",
+    "ssd": "ssd",
     "layer_norm": "layer_norm",
     "depthwise_conv": "depthwise_conv",
 }

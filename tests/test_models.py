@@ -14,6 +14,7 @@ import vision_ssm
 from vision_ssm.analysis import count_macs
 from vision_ssm.backbones.plain import PlainBackbone
 from vision_ssm.factory import families, find_family
+from vision_ssm.layers import RMSNorm
 from vision_ssm.ops import chunked_scan_2d
 from vision_ssm.registry import BACKBONES
 
@@ -130,9 +131,10 @@ def test_features_only(name):
     assert [m.shape[1] for m in maps] == [classifier.feature_info[i]["num_chs"] for i in (0, count - 2)]
     assert len(model.stages) == count - 1, "stages behind the last feature get no gradient and must not be built"
     assert model.num_classes == 0 and not any(key.startswith(("head", "norm.")) for key in model.state_dict())
-    for m in maps:  # fresh output norms: zero mean, unit variance over channels
-        torch.testing.assert_close(m.mean(1), torch.zeros_like(m.mean(1)), atol=1e-4, rtol=0)
-        torch.testing.assert_close(m.var(1, unbiased=False), torch.ones_like(m.mean(1)), atol=1e-2, rtol=0)
+    for m in maps:  # fresh output norms: unit square over channels, and zero mean where the norm subtracts it
+        if not isinstance(classifier.norm, RMSNorm):
+            torch.testing.assert_close(m.mean(1), torch.zeros_like(m.mean(1)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(m.square().mean(1), torch.ones_like(m.mean(1)), atol=1e-2, rtol=0)
     raw = vision_ssm.create_model(name, features_only=True, out_norm=False)
     vision_ssm.weights.load_state_dict(raw, classifier.state_dict())
     with torch.no_grad():

@@ -126,6 +126,20 @@ def _column(height: int, width: int, device: torch.device | str | None) -> torch
     return torch.arange(height * width, device=device).view(height, width).t().reshape(-1)
 
 
+def _snake(grid: torch.Tensor) -> torch.Tensor:
+    """Lines of a (lines, cells) grid in turn from the left and from the right, (lines * cells,)."""
+    turned = torch.arange(len(grid), device=grid.device)[:, None] % 2 == 1
+    return torch.where(turned, grid.flip(1), grid).reshape(-1)
+
+
+def _rows_and_columns(
+    height: int, width: int, device: torch.device | str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of every cell, each (H*W,)."""
+    cells = _raster(height, width, device)
+    return cells // width, cells % width
+
+
 @ROUTES.register_module(name="raster")
 class Raster(Routes):
     """Row by row, each from left to right."""
@@ -224,6 +238,66 @@ class Rotations(Routes):
     def orders(self, height, width, device=None):
         grid = _raster(height, width, device).view(height, width)
         return torch.stack([torch.rot90(grid, turns).reshape(-1) for turns in range(4)])  # (4, H*W)
+
+
+class _Pair(Routes):
+    """Two walks over the grid, each followed by its reverse."""
+
+    num_routes = 4
+
+    def walks(self, height: int, width: int, device: torch.device | str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two orders of all cells, each (H*W,)."""
+        raise NotImplementedError
+
+    def orders(self, height, width, device=None):
+        first, second = self.walks(height, width, device)
+        return torch.stack([first, first.flip(0), second, second.flip(0)])  # (4, H*W)
+
+
+@ROUTES.register_module(name="raster_pair")
+class RasterPair(_Pair):
+    """Rows, rows reversed, columns, columns reversed: `cross` with each route before its reverse (MHS-VM's Z)."""
+
+    def walks(self, height, width, device):
+        return _raster(height, width, device), _column(height, width, device)
+
+
+@ROUTES.register_module(name="snake_pair")
+class SnakePair(_Pair):
+    """Rows there and back in turn, then columns so, each with its reverse (MHS-VM's C)."""
+
+    def walks(self, height, width, device):
+        grid = _raster(height, width, device).view(height, width)
+        return _snake(grid), _snake(grid.t())
+
+
+@ROUTES.register_module(name="diagonal_pair")
+class DiagonalPair(_Pair):
+    """Anti-diagonals there and back in turn, from the top left and from the top right, each reversed (MHS-VM's X)."""
+
+    def walks(self, height, width, device):
+        row, column = _rows_and_columns(height, width, device)
+        diagonal = row + column
+        inside = torch.where(diagonal % 2 == 1, row, height - 1 - row)  # odd ones go down, even ones up
+        first = torch.argsort(diagonal * height + inside)
+        return first, first // width * width + (width - 1 - first % width)
+
+
+@ROUTES.register_module(name="spiral_pair")
+class SpiralPair(_Pair):
+    """Clockwise rings from the top left inwards, and their mirror image from below, each reversed (MHS-VM's S)."""
+
+    def walks(self, height, width, device):
+        row, column = _rows_and_columns(height, width, device)
+        ring = torch.minimum(torch.minimum(row, height - 1 - row), torch.minimum(column, width - 1 - column))
+        row, column, down, right = row - ring, column - ring, height - 1 - 2 * ring, width - 1 - 2 * ring
+        before = height * width - (down + 1) * (right + 1)  # cells of the rings outside of this one
+        # steps along the sides of the ring: top, right, bottom, left
+        step = torch.where(row == down, 2 * right + down - column, 2 * right + 2 * down - row)
+        step = torch.where(column == right, right + row, step)
+        step = torch.where(row == 0, column, step)
+        first = torch.argsort(before + step)
+        return first, (height - 1 - first // width) * width + first % width
 
 
 @ROUTES.register_module(name="cascade")

@@ -1,0 +1,10 @@
+# adventurer_small_patch16_224, third stage: 20 epochs at 224 x 224 from the weights of the second,
+# --cfg-options model.pretrained=FILE. Drop path is published for Base alone.
+_base_ = [
+    "../_base_/default_runtime.py",
+    "../_base_/models/classifier_in1k.py",
+    "../_base_/datasets/imagenet_224.py",
+    "../_base_/schedules/imagenet_20e_adamw_constant_bf16.py",
+]
+model = dict(backbone=dict(name="adventurer_small_patch16_224"))
+train_dataloader = dict(batch_size=64, dataset=dict(transform=dict(erasing_prob=0.0)))
