@@ -125,9 +125,8 @@ class VMamba(Backbone):
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
-        return any(_MIXER_KEY.search(key) for key in keys) and any(
-            key.startswith(("layers.0.", "stages.0.")) for key in keys
-        )
+        mixer = any(_MIXER_KEY.search(key) and key.startswith(("layers.", "stages.")) for key in keys)
+        return mixer and not any(_RELATIVES_KEY.match(key) for key in keys)
 
     @classmethod
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -193,6 +192,11 @@ class VMamba(Backbone):
 
 
 _MIXER_KEY = re.compile(r"\.(op|self_attention|mixer)\.(core\.)?x_proj_weight$")
+# parts of a block that only families have which grew out of VMamba
+_RELATIVES_KEY = re.compile(
+    r"(layers|stages)\.\d+\.blocks\.\d+\."
+    r"((op|self_attention)\.(multi_scan|conv2d_b1|se)|conv_branch|convFFN|conv_ffn|cpe1|conv1)\."
+)
 
 # state dicts of the first version, before its layers were renamed
 _VANILLA_KEYS = (
