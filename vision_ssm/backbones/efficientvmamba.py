@@ -150,9 +150,10 @@ class EfficientVMamba(Backbone):
             return dict(state_dict)
         mixers, others = {}, {}
         for key, value in state_dict.items():
-            # late stages are flat lists: a permute, the blocks, a permute, the downsampling
-            key = re.sub(r"^layers\.(\d+)\.(\d+)\.(?=conv_|se\.)", lambda m: f"layers.{m[1]}.blocks.{int(m[2]) - 1}.", key)
-            key = re.sub(r"^layers\.(\d+)\.\d+\.(?!\d+\.conv_|\d+\.se\.)", r"layers.\1.downsample.", key)
+            if late := re.match(r"layers\.(\d+)\.(\d+)\.(.+)", key):  # flat: permute, blocks, permute, downsampling
+                stage, place, rest = late.groups()
+                part = f"blocks.{int(place) - 1}" if rest.startswith(("conv_", "se.")) else "downsample"
+                key = f"layers.{stage}.{part}.{rest}"
             for pattern, replacement in _OFFICIAL_KEYS:
                 key = re.sub(pattern, replacement, key)
             key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
