@@ -49,15 +49,15 @@ class DualBranchBlock(ScanBlock):
         self.conv_branch = nn.Sequential(
             DepthwiseConv2d(dim, 3), ChannelLastBatchNorm(dim), nn.GELU(), ChannelLastConv2d(dim, dim, 1)
         )
-        self.channel_gate = ChannelGate(dim, act="gelu", norm="layer")
+        self.channel_gate = ChannelGate(dim)
 
     def forward(self, x: torch.Tensor, branch: Branch | None = None) -> tuple[torch.Tensor, Branch | None]:
         """As `ScanBlock.forward`, on maps alone."""
         x, normed = add_norm(self.norm1, x, *(branch or ()))
-        y = self.channel_gate(self.conv_branch(normed))
+        y = self.channel_gate(self.conv_branch(normed).flatten(1, 2))  # (B, H*W, dim)
         if self.mixer is not None:
-            y = y + self.channel_gate(self.mixer(normed))
-        branch = y, self.drop_path
+            y = y + self.channel_gate(self.mixer(normed).flatten(1, 2))
+        branch = y.view(x.shape), self.drop_path
         if self.mlp is not None:
             x, normed = add_norm(self.norm2, x, *branch)
             branch = self.mlp(normed), self.drop_path

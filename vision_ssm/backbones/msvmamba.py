@@ -3,7 +3,8 @@
 Paper: Multi-Scale VMamba: Hierarchy in Hierarchy Visual State Space Model, arXiv 2405.14174 (NeurIPS 2024).
 Source: github.com/YuHengsss/MSVMamba, classification/models/vmamba.py: `msvmamba_*` are the models of the first version
 of the paper (branch master, commit c3940191), `msvmambav3_*` those of the last one (branch v2, commit fca4a391).
-Weights: see `PUBLISHED`.
+Weights: see `PUBLISHED`. The paper's MSVMamba-M ("micro") is `msvmamba_micro_d64` here, after the width of its first
+stage; `msvmamba_micro` is, as in every family, the small model for tests.
 
 New in this family: the multi-scale scan, here `MultiScaleScan`, in the forms of the two versions; and an MLP with a
 depthwise convolution in its hidden layer, with its norm before it in the first version and behind it in the last.
@@ -204,20 +205,20 @@ _V3 = dict(scan=_V3_SCAN, stem="conv", downsample="conv3", conv_mlp_ratio=4.0, p
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "msvmamba_nano": dict(_V1, depths=(1, 2, 5, 2), dims=48),
-    "msvmamba_micro": dict(_V1, depths=(1, 2, 5, 2), dims=64),
+    "msvmamba_micro_d64": dict(_V1, depths=(1, 2, 5, 2), dims=64),
     "msvmamba_tiny": dict(_V1, depths=(1, 2, 9, 2), dims=96),
     "msvmambav3_tiny": dict(_V3, depths=(2, 2, 9, 2), dims=96, drop_path_rate=0.2),
     "msvmambav3_small": dict(_V3, depths=(2, 3, 20, 2), dims=96, drop_path_rate=0.4),
     "msvmambav3_base": dict(
         _V3, scan={**_V3_SCAN, "gate": True}, depths=(2, 4, 18, 2), dims=128, drop_path_rate=0.5
     ),
-    "msvmambav3_micro": dict(_V3, depths=(1, 1, 2, 1), dims=16, conv_mlp_ratio=2.0),
+    "msvmamba_micro": dict(_V3, depths=(1, 1, 2, 1), dims=(32, 32, 48, 64), scan={**_V3_SCAN, "expand": 2.0}),
 }
 
 _PAPER = "arXiv:2405.14174"
 
 
-def _on_drive(folder: str, file: str, top1: float) -> dict[str, Any]:
+def _on_drive(folder: str, top1: float, file: str = "a folder with checkpoint and log") -> dict[str, Any]:
     return dict(url=f"https://drive.google.com/drive/folders/{folder}", file=file, top1_reported=top1, paper=_PAPER)
 
 
@@ -228,9 +229,9 @@ def _on_hub(size: str, top1: float) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "msvmamba_nano": _on_drive("1J41w3ApitQhp2O3wHmJoOs4U032uqebK", "", 77.3),
-    "msvmamba_micro": _on_drive("1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk", "vssm_micro_ms_e300.pth", 79.8),
-    "msvmamba_tiny": _on_drive("1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU", "", 82.8),
+    "msvmamba_nano": _on_drive("1J41w3ApitQhp2O3wHmJoOs4U032uqebK", 77.3),
+    "msvmamba_micro_d64": _on_drive("1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk", 79.8, "vssm_micro_ms_e300.pth"),
+    "msvmamba_tiny": _on_drive("1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU", 82.8),
     "msvmambav3_tiny": _on_hub("tiny", 83.0),
     "msvmambav3_small": _on_hub("small", 84.1),
     "msvmambav3_base": _on_hub("base", 84.4),

@@ -1,4 +1,4 @@
-"""Gates of whole channels."""
+"""Gates of channels."""
 
 import torch
 from torch import nn
@@ -8,28 +8,28 @@ from .norm import get_norm
 
 
 class ChannelGate(nn.Module):
-    """Squeeze and excitation: every channel times a number in (0, 1) that a small MLP makes of all channels' means.
+    """Scales every channel of a sequence by a number in (0, 1) that depends on the means over its tokens.
 
-    Parameters are named ``norm`` (if there is one), ``reduce`` and ``expand``.
+    Squeeze and excitation: ``x * sigmoid(expand(act(reduce(mean(norm(x))))))``; the norm shapes the gate alone.
+    Parameters: ``norm`` (if there is one), ``reduce`` (dim to dim / `reduction`), ``expand``.
 
     Args:
         dim: channels.
-        reduction: channels over the hidden width of the MLP.
-        act: activation of the hidden layer, see `get_activation`.
-        bias: whether the MLP has biases.
-        norm: norm of what is averaged, see `get_norm`; what is multiplied by the gate is not normalised.
+        reduction: channels over the hidden width.
+        norm: see `get_norm`.
+        act: see `get_activation`.
+        bias: whether the two linear layers have biases.
     """
 
-    def __init__(self, dim: int, reduction: int = 8, *, act: str = "relu", bias: bool = True, norm: str = "none"):
+    def __init__(self, dim: int, reduction: int = 8, *, norm: str = "layer", act: str = "gelu", bias: bool = True):
         super().__init__()
-        hidden = max(1, dim // reduction)
+        narrow = max(dim // reduction, 1)
         self.norm = get_norm(norm, dim)
-        self.reduce = nn.Linear(dim, hidden, bias=bias)
+        self.reduce = nn.Linear(dim, narrow, bias=bias)
         self.act = get_activation(act)
-        self.expand = nn.Linear(hidden, dim, bias=bias)
+        self.expand = nn.Linear(narrow, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, ..., dim). Returns the same shape."""
-        means = self.norm(x).flatten(1, -2).mean(dim=1)  # (B, dim)
-        gate = self.expand(self.act(self.reduce(means))).sigmoid()
-        return x * gate.view(x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
+        """x: (B, T, ..., dim), the mean goes over T. Returns the same shape."""
+        means = self.norm(x).mean(dim=1, keepdim=True)  # (B, 1, ..., dim)
+        return x * self.expand(self.act(self.reduce(means))).sigmoid()

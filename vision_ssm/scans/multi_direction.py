@@ -103,7 +103,7 @@ class MultiDirectionScan(nn.Module):
         options = {} if init is None else {"init": init}
         self.core = cores[core](inner, build_routes(routes), state_dim, resolve_dt_rank(dt_rank, dim), **options)
         self.out_norm = _OUT_NORMS[out_norm](inner)
-        self.channel_gate = ChannelGate(inner, bias=False) if channel_gate else nn.Identity()
+        self.channel_gate = ChannelGate(inner, norm="none", act="relu", bias=False) if channel_gate else None
         self.out_act = get_activation("gelu" if out_act else "identity")
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -113,7 +113,10 @@ class MultiDirectionScan(nn.Module):
         h = self.in_proj(x)
         if self.gate:
             h, z = h.chunk(2, dim=-1)  # each (B, H, W, D)
-        y = self.out_act(self.channel_gate(self.scan(h)))
+        y = self.scan(h)
+        if self.channel_gate is not None:
+            y = self.channel_gate(y.flatten(1, 2)).view(y.shape)  # (B, H*W, D) inside
+        y = self.out_act(y)
         if self.gate:
             y = y * self.gate_act(z)
         return self.dropout(self.out_proj(y))
