@@ -5,7 +5,6 @@ the mathematics: github.com/YuHengsss/MSVMamba, classification/models/vmamba.py 
 """
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from ..layers import ChannelLastConv2d, LayerNorm, get_activation, is_plain
@@ -63,7 +62,7 @@ class _TwoScales(Routes):
 
 @SCANS.register_module(name=["multi_scale", "MultiScaleScan"])
 class MultiScaleScan(MultiDirectionScan):
-    """One scan of the map and one long scan along three routes of its half-resolution map, enlarged and added (MSVMamba).
+    """One scan of the map and one long scan, along three routes, of its half-resolution map, added up (MSVMamba).
 
     A depthwise 7x7 convolution with stride 2 makes the half-resolution map beside the convolution of
     `MultiDirectionScan`. Its reversed rows, its columns and its reversed columns form one sequence with one set of
