@@ -1,4 +1,4 @@
-# msvmamba_nano, MSVMamba-N of the first version of the paper: reported top-1 77.3 % (arXiv 2405.14174).
+# msvmamba_nano, MSVMamba-Nano of the first version of the paper: reported top-1 77.3 % (arXiv 2405.14174).
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

@@ -1,4 +1,4 @@
-# msvmamba_tiny, MSVMamba-T of the first version of the paper: reported top-1 82.8 % (arXiv 2405.14174).
+# msvmamba_tiny, MSVMamba-Tiny of the first version of the paper: reported top-1 82.8 % (arXiv 2405.14174).
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

@@ -1,4 +1,4 @@
-# msvmambav3_base, MSVMamba-B of the last version of the paper: reported top-1 84.4 % (arXiv 2405.14174).
+# msvmambav3_base, MSVMamba-Base of the last version of the paper: reported top-1 84.4 % (arXiv 2405.14174).
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

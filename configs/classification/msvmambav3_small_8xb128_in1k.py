@@ -1,4 +1,4 @@
-# msvmambav3_small, MSVMamba-S of the last version of the paper: reported top-1 84.1 % (arXiv 2405.14174).
+# msvmambav3_small, MSVMamba-Small of the last version of the paper: reported top-1 84.1 % (arXiv 2405.14174).
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

@@ -1,4 +1,4 @@
-# msvmambav3_tiny, MSVMamba-T of the last version of the paper: reported top-1 83.0 % (arXiv 2405.14174).
+# msvmambav3_tiny, MSVMamba-Tiny of the last version of the paper: reported top-1 83.0 % (arXiv 2405.14174).
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

@@ -3,7 +3,7 @@
 Paper: Multi-Scale VMamba: Hierarchy in Hierarchy Visual State Space Model, arXiv 2405.14174 (NeurIPS 2024).
 Source: github.com/YuHengsss/MSVMamba, classification/models/vmamba.py: `msvmamba_*` are the models of the first version
 of the paper (branch master, commit c3940191), `msvmambav3_*` those of the last one (branch v2, commit fca4a391).
-Weights: see `PUBLISHED`. The paper's MSVMamba-M ("micro") is `msvmamba_micro_d64` here, after the width of its first
+Weights: see `PUBLISHED`. The paper's MSVMamba-Micro is `msvmamba_micro_d64` here, after the width of its first
 stage; `msvmamba_micro` is, as in every family, the small model for tests.
 
 New in this family: the multi-scale scan, here `MultiScaleScan`, in the forms of the two versions; and an MLP with a
@@ -22,8 +22,8 @@ from ..registry import suggest
 from .base import Branch, ScanBlock, register_family
 from .vmamba import VMamba
 
-_V1_SCAN = dict(type="multi_scale", merge="norm_add", expand=2.0, state_dim=1, gate=True)
-_V3_SCAN = dict(type="multi_scale", merge="add_norm", expand=1.0, state_dim=1, gate=False)
+_V1_SCAN = dict(type="multi_scale", merge="norm_add", expand=2.0, state_dim=1, gate=True, channel_gate=True)
+_V3_SCAN = dict(type="multi_scale", merge="add_norm", expand=1.0, state_dim=1, gate=False, channel_gate=True)
 _OF_SCALES = ("merge", "reverse_full")  # options that `MultiScaleScan` has and `MultiDirectionScan` has not
 
 
@@ -105,6 +105,13 @@ class MSVMamba(VMamba):
         if scan and not low and scan["type"] in ("multi_scale", "MultiScaleScan"):
             scan = {key: value for key, value in scan.items() if key not in _OF_SCALES} | {"type": "multi_direction"}
         return ConvMlpBlock(dim, scan, **self.block_options, **options)
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        VMamba._init_weights(module)
+        if isinstance(module, ConvMlp):  # whose layers are convolutions in the original and start as torch makes them
+            module.fc1.reset_parameters()
+            module.fc2.reset_parameters()
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
