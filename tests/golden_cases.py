@@ -7,6 +7,7 @@ library see the same numbers.
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,30 @@ def images(spec: dict) -> torch.Tensor:
 def array(spec: dict, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """A tensor that a case stores in full: {"shape", "values"}, C order."""
     return torch.tensor(spec["values"], dtype=dtype).view(spec["shape"])
+
+
+def check_operator(case: dict, module: torch.nn.Module, convert: Callable[[dict], dict]) -> None:
+    """Output and all gradients of a channel-last module, in float64, against an operator case with NHWC or NCHW maps.
+
+    `convert` turns original parameters into those of the module.
+    """
+    entries = [entry[:2] for entry in case["state_dict"]]
+    originals = {key: tensor_for(key, shape, "float64").double() for key, shape in entries if "num_batches" not in key}
+    module.double().eval().load_state_dict(convert(originals), strict=False)
+    to_ours, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if case["layout"] == "NCHW" else ((0, 1, 2, 3),) * 2
+    x = images(case["input"]).double().requires_grad_()
+    y = module(x.permute(to_ours)).permute(back)
+    (y * images(case["cotangent"]).double()).sum().backward()
+    torch.testing.assert_close(y, array(case["output"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(x.grad, array(case["grad_input"]), rtol=1e-9, atol=1e-9)
+    names = {ours: original for original in originals for ours in convert({original: originals[original]})}
+    checked = set()
+    for key, parameter in module.named_parameters():
+        expected = case["param_grads"][names[key]]
+        error = sample_error(expected, parameter.grad.reshape(expected["shape"]))
+        assert error < 1e-5, (key, error)  # samples were stored in float32
+        checked.add(names[key])
+    assert checked == set(case["param_grads"])
 
 
 def sample_error(expected: dict, tensor: torch.Tensor) -> float:

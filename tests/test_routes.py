@@ -14,7 +14,8 @@ from vision_ssm.scans import build_routes, describe_routes, list_routes
 SIZES = [(1, 1), (1, 5), (4, 1), (2, 3), (5, 7), (8, 8)]
 # options for families that need some; every other family is built by name
 SPECS = {"compose": dict(type="compose", families=["raster", dict(type="reversed", of="column")])}
-# cells of a 2 x 3 grid, numbered 0 1 2 / 3 4 5, in the order in which each route reads them
+# cells of a 2 x 3 grid, numbered 0 1 2 / 3 4 5, in the order in which each route reads them; of the smallest grid that
+# holds it where a family wants sides that are multiples of something
 READS = {
     "raster": [[0, 1, 2, 3, 4, 5]],
     "column": [[0, 3, 1, 4, 2, 5]],
@@ -29,12 +30,18 @@ READS = {
     "diagonal_pair": [[0, 1, 3, 4, 2, 5], [5, 2, 4, 3, 1, 0], [2, 1, 5, 4, 0, 3], [3, 0, 4, 5, 1, 2]],
     "spiral_pair": [[0, 1, 2, 5, 4, 3], [3, 4, 5, 2, 1, 0], [3, 4, 5, 2, 1, 0], [0, 1, 2, 5, 4, 3]],
     "cascade": [[0, 1, 2, 3, 4, 5], [2, 1, 0, 5, 4, 3], [0, 3, 1, 4, 2, 5], [3, 0, 4, 1, 5, 2]],
+    "atrous": [[0, 2], [4, 6], [1, 3], [5, 7]],  # 0 1 2 3 / 4 5 6 7
     "compose": [[0, 1, 2, 3, 4, 5], [5, 2, 4, 1, 3, 0]],
 }
 
 
 def routes_of(name):
     return build_routes(SPECS.get(name, name))
+
+
+def padded(routes, height, width):
+    """The smallest grid for these routes that holds height x width cells."""
+    return height + -height % routes.multiple, width + -width % routes.multiple
 
 
 def test_registry_lists_every_expected_table():
@@ -45,7 +52,7 @@ def test_registry_lists_every_expected_table():
 @pytest.mark.parametrize("name", list_routes())
 def test_reads_on_2x3(name):
     routes = routes_of(name)
-    reads = torch.cat([table.read for table in routes.tables(2, 3)])
+    reads = torch.cat([table.read for table in routes.tables(*padded(routes, 2, 3))])
     assert reads.tolist() == READS[name]
     assert routes.num_routes == len(READS[name])
 
@@ -53,22 +60,27 @@ def test_reads_on_2x3(name):
 @pytest.mark.parametrize("name", list_routes())
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_covers_every_cell(name, size):
-    routes, cells = routes_of(name), size[0] * size[1]
-    first = 0
+    """A route covers all cells once, or all routes of a family together cover them equally often."""
+    routes = routes_of(name)
+    size = padded(routes, *size)
+    first, cells, visits = 0, size[0] * size[1], 0
     for table in routes.tables(*size):
         assert table.read.shape == table.write.shape and table.read.dtype == table.write.dtype == torch.int64
         for visited in (table.read, table.write):
-            assert torch.equal(visited.sort(dim=1).values, torch.arange(cells).expand_as(visited))
+            assert all(len(route.unique()) == visited.shape[1] for route in visited)
+            assert visited.min() == 0 and visited.max() == cells - 1
         assert table.routes == slice(first, first + len(table.read))
         first = table.routes.stop
+        visits += table.write.numel() // cells
         assert table.segment is None or cells % table.segment == 0
     assert first == routes.num_routes
-    assert torch.equal(routes.multiplicity(*size), torch.full(size, routes.num_routes))
+    assert torch.equal(routes.multiplicity(*size), torch.full(size, visits))
 
 
 @pytest.mark.parametrize("name", [name for name in list_routes() if name != "cascade"])
 def test_merging_a_scan_that_only_copies_gives_the_multiple(name):
-    routes, (height, width), dim = routes_of(name), (3, 5), 4
+    routes, dim = routes_of(name), 4
+    height, width = padded(routes, 3, 5)
     (table,) = routes.tables(height, width)
     count = routes.num_routes
     x = torch.randn(2, height * width, dim)
@@ -77,7 +89,7 @@ def test_merging_a_scan_that_only_copies_gives_the_multiple(name):
         x, torch.zeros(2, height * width, count, dim), -torch.ones(count, dim, 1), nothing, nothing,
         torch.ones(count, dim), read=table.read, write=table.write, segment=table.segment,
     )  # fmt: skip
-    torch.testing.assert_close(merged, count * x)
+    torch.testing.assert_close(merged, routes.multiplicity(height, width).view(-1, 1) * x)
 
 
 MODES = {"cross2d": "cross", "unidi": "unidirectional", "bidi": "bidirectional", "rotations": "rotations"}
@@ -126,12 +138,11 @@ def test_copies_and_pickles():
 @pytest.mark.parametrize("name", list_routes())
 def test_draws_itself(name, tmp_path):
     routes = routes_of(name)
-    figure = routes.draw(4, 5)
+    figure = routes.draw(*padded(routes, 4, 5))
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == [f"route {k}" for k in range(routes.num_routes)]
-    assert [round(float(v)) for v in figure.axes[0].collections[0].get_segments()[0].flatten()] == [0, 0, 1, 0] or (
-        name in ("column", "reversed")
-    )
+    first_step = [round(float(v)) for v in figure.axes[0].collections[0].get_segments()[0].flatten()]
+    assert first_step == {"atrous": [0, 0, 2, 0]}.get(name, [0, 0, 1, 0]) or name in ("column", "reversed")
     figure.savefig(tmp_path / "routes.png")
     assert (tmp_path / "routes.png").stat().st_size > 5000
 
@@ -156,3 +167,5 @@ def test_wrong_grids():
         build_routes("raster").tables(0, 3)
     with pytest.raises(ValueError, match="cascade cannot run beside other routes"):
         build_routes(["raster", "cascade"]).tables(2, 2)
+    with pytest.raises(ValueError, match=r"Atrous\(\)\) needs sides that are multiples of 2, got 4 x 3"):
+        build_routes(dict(type="reversed", of="atrous")).tables(4, 3)

@@ -12,7 +12,7 @@ weights.
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -58,6 +58,8 @@ class VMamba(Backbone):
     """
 
     family = "vmamba"
+    default_scan: ClassVar[dict[str, Any]] = _V2_SCAN
+    """Strategy and options of the blocks, of which a dict without a type replaces some."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class VMamba(Backbone):
         for keyword, value, choices in (("stem", stem, stems), ("downsample", downsample, downsamples)):
             if value not in choices:
                 raise ValueError(f"unknown {keyword} {value!r}.{suggest(str(value), choices)}")
-        spec = resolve_scan(scan, _V2_SCAN)
+        spec = resolve_scan(scan, self.default_scan)
         self.stem = stems[stem]()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if pos_embed:
@@ -108,7 +110,8 @@ class VMamba(Backbone):
         self.stages = nn.ModuleList()
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             blocks = [
-                ScanBlock(
+                self.build_block(
+                    i,
                     dims[i],
                     spec,
                     norm=norm,
@@ -123,11 +126,14 @@ class VMamba(Backbone):
             self.stages.append(Stage(blocks, downsamples[downsample](dims[i - 1], dims[i]) if i else None))
         self.finish(dims, [patch_size * 2**i for i in range(len(depths))], norm)
 
+    def build_block(self, stage: int, dim: int, scan: dict | Literal[False], **options: Any) -> nn.Module:
+        """A block of a stage, with options of `ScanBlock`; a family that grows out of this one may have another."""
+        return ScanBlock(dim, scan, **options)
+
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
-        return any(_MIXER_KEY.search(key) for key in keys) and any(
-            key.startswith(("layers.0.", "stages.0.")) for key in keys
-        )
+        mixer = any(_MIXER_KEY.search(key) and key.startswith(("layers.", "stages.")) for key in keys)
+        return mixer and not any(_RELATIVES_KEY.match(key) for key in keys)
 
     @classmethod
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -193,6 +199,11 @@ class VMamba(Backbone):
 
 
 _MIXER_KEY = re.compile(r"\.(op|self_attention|mixer)\.(core\.)?x_proj_weight$")
+# parts of a block that only families have which grew out of VMamba
+_RELATIVES_KEY = re.compile(
+    r"(layers|stages)\.\d+\.blocks\.\d+\."
+    r"((op|self_attention)\.(multi_scan|conv2d_b1|se)|conv_branch|convFFN|conv_mlp|cpe1|conv1)\."
+)
 
 # state dicts of the first version, before its layers were renamed
 _VANILLA_KEYS = (

@@ -2,7 +2,9 @@
 
 from .activation import get_activation
 from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
+from .conv_ffn import ConvMlp
 from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
+from .gate import ChannelGate
 from .head import DistilledHead
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
@@ -13,9 +15,11 @@ from .watched import is_plain
 
 __all__ = [
     "CausalConv1d",
+    "ChannelGate",
     "ChannelLastBatchNorm",
     "ChannelLastConv2d",
     "ConvDownsample",
+    "ConvMlp",
     "ConvStem",
     "DepthwiseConv2d",
     "DistilledHead",

@@ -81,6 +81,10 @@ class RouteCore(nn.Module):
 
         With a `norm` over the channels, the normalised sum.
         """
+        rows, columns = x.shape[1:3]
+        bottom, right = -rows % self.routes.multiple, -columns % self.routes.multiple
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
         batch, height, width, dim = x.shape
         tables = self.routes.tables(height, width, x.device)
         tokens = x.reshape(batch, height * width, dim)  # (B, L, D)
@@ -88,7 +92,8 @@ class RouteCore(nn.Module):
             if len(tables) > 1:
                 tokens = F.layer_norm(tokens, (dim,), eps=_NORM_EPS)
             tokens = self.scan(tokens, table, norm if table is tables[-1] else None)
-        return tokens.view(batch, height, width, dim)
+        merged = tokens.view(batch, height, width, dim)
+        return merged[:, :rows, :columns] if bottom or right else merged
 
     def of_routes(self, name: str, table: RouteTable) -> torch.Tensor:
         """The part of a parameter (K, ...) that belongs to the routes of one table."""

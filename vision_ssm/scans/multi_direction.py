@@ -7,7 +7,7 @@ github.com/MzeroMiko/VMamba (MIT), classification/models/vmamba.py.
 import torch
 from torch import nn
 
-from ..layers import DepthwiseConv2d, LayerNorm, get_activation, is_plain
+from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, get_activation, is_plain
 from ..registry import SCANS, suggest
 from .core import S6Core, SSDCore, resolve_dt_rank
 from .routes import build_routes
@@ -55,6 +55,7 @@ class MultiDirectionScan(nn.Module):
         gate_act: activate the gate.
         out_norm: ``"layer"``, ``"none"``, ``"conv"`` (depthwise 3x3), ``"layer_conv"``, ``"softmax"`` (over positions)
             or ``"sigmoid"``.
+        channel_gate: squeeze and excitation of the normalised output (hidden width D // 8, no biases).
         out_act: GELU before the gate.
         dropout: dropout after the output projection.
         init: initialisation of the core, see `S6Core` and `SSDCore`; None takes the core's default.
@@ -75,6 +76,7 @@ class MultiDirectionScan(nn.Module):
         gate: bool = True,
         gate_act: bool = True,
         out_norm: str = "layer",
+        channel_gate: bool = False,
         out_act: bool = False,
         dropout: float = 0.0,
         init: str | None = None,
@@ -101,6 +103,7 @@ class MultiDirectionScan(nn.Module):
         options = {} if init is None else {"init": init}
         self.core = cores[core](inner, build_routes(routes), state_dim, resolve_dt_rank(dt_rank, dim), **options)
         self.out_norm = _OUT_NORMS[out_norm](inner)
+        self.channel_gate = ChannelGate(inner, norm="none", act="relu", bias=False) if channel_gate else None
         self.out_act = get_activation("gelu" if out_act else "identity")
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self.dropout = nn.Dropout(dropout)
@@ -110,12 +113,17 @@ class MultiDirectionScan(nn.Module):
         h = self.in_proj(x)
         if self.gate:
             h, z = h.chunk(2, dim=-1)  # each (B, H, W, D)
-        h = self.conv(h)
-        if is_plain(self.out_norm, LayerNorm):
-            y = self.core(h, norm=self.out_norm).to(h.dtype)
-        else:
-            y = self.out_norm(self.core(h)).to(h.dtype)
+        y = self.scan(h)
+        if self.channel_gate is not None:
+            y = self.channel_gate(y.flatten(1, 2)).view(y.shape)  # (B, H*W, D) inside
         y = self.out_act(y)
         if self.gate:
             y = y * self.gate_act(z)
         return self.dropout(self.out_proj(y))
+
+    def scan(self, h: torch.Tensor) -> torch.Tensor:
+        """Convolution, scan and output norm of the projected map: (B, H, W, D) to the same shape."""
+        h = self.conv(h)
+        if is_plain(self.out_norm, LayerNorm):
+            return self.core(h, norm=self.out_norm).to(h.dtype)
+        return self.out_norm(self.core(h)).to(h.dtype)

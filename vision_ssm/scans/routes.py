@@ -50,9 +50,15 @@ class Routes:
     """Base of the route families. A family sets `num_routes` and defines `orders`.
 
     Tables are made once per size and device and kept for the `_CACHED_SIZES` sizes used last.
+
+    Attributes:
+        num_routes: routes of the family.
+        multiple: what the sides of its grids must be multiples of; other maps are padded with zeros at the bottom and
+            right before a scan, and cropped behind it.
     """
 
     num_routes: int
+    multiple: int = 1
 
     def __init__(self) -> None:
         self._cache: OrderedDict[tuple[int, int, str], list[RouteTable]] = OrderedDict()
@@ -73,7 +79,7 @@ class Routes:
         the one before it.
 
         Raises:
-            ValueError: the grid has no cell.
+            ValueError: the grid has no cell, or a side that is not a multiple of `multiple`.
         """
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # an exported graph must own its tables: sizes may be symbolic
@@ -86,6 +92,8 @@ class Routes:
     def _remembered(self, height: int, width: int, device: torch.device | str) -> list[RouteTable]:
         if height < 1 or width < 1:
             raise ValueError(f"a route needs a grid of at least 1 x 1 cells, got {height} x {width}")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"{self} needs sides that are multiples of {self.multiple}, got {height} x {width}")
         key = (height, width, str(device))
         if key not in self._cache:
             # made outside of inference mode, or a later training step could not save them for backward
@@ -108,7 +116,8 @@ class Routes:
         return _draw(self, height, width)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_") and k != "num_routes")
+        derived = ("num_routes", "multiple")
+        options = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_" and k not in derived)
         return f"{type(self).__name__}({options})"
 
     def __getstate__(self) -> dict:
@@ -167,7 +176,7 @@ class Reversed(Routes):
     def __init__(self, of: str | dict = "raster"):
         super().__init__()
         self.of = build_routes(of)
-        self.num_routes = self.of.num_routes
+        self.num_routes, self.multiple = self.of.num_routes, self.of.multiple
 
     def orders(self, height, width, device=None):
         return self.of.orders(height, width, device).flip(-1)
@@ -324,6 +333,24 @@ class Cascade(Routes):
         ]
 
 
+@ROUTES.register_module(name="atrous")
+class Atrous(Routes):
+    """EfficientVMamba's four routes, each over every second row and column, so that one route visits a cell.
+
+    Two walk the even rows, row by row, in the even and in the odd columns (routes 0 and 2); two walk the odd rows,
+    column by column, in the even and in the odd columns (routes 1 and 3). There is no reversed route.
+    """
+
+    num_routes = 4
+    multiple = 2
+
+    def orders(self, height, width, device=None):
+        grid = _raster(height, width, device).view(height, width)
+        even, odd = grid[0::2], grid[1::2].t()
+        quarters = (even[:, 0::2], odd[0::2], even[:, 1::2], odd[1::2])
+        return torch.stack([quarter.reshape(-1) for quarter in quarters])  # (4, H/2 * W/2)
+
+
 @ROUTES.register_module(name="compose")
 class Compose(Routes):
     """Several families side by side, as if they were one; a list of names builds this."""
@@ -334,6 +361,7 @@ class Compose(Routes):
             raise ValueError("compose needs at least one route family")
         self.families = [build_routes(family) for family in families]
         self.num_routes = sum(family.num_routes for family in self.families)
+        self.multiple = math.lcm(*(family.multiple for family in self.families))
 
     def orders(self, height, width, device=None):
         orders = [family.orders(height, width, device) for family in self.families]
