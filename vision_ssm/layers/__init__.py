@@ -3,16 +3,19 @@
 from .activation import get_activation
 from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
 from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
+from .gate import ChannelGate
 from .head import DistilledHead
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .pyramid import SimplePyramid
+from .rotary import RotaryTable
 from .stem import ConvStem, PatchStem, ResidualConvStem
 from .watched import is_plain
 
 __all__ = [
     "CausalConv1d",
+    "ChannelGate",
     "ChannelLastBatchNorm",
     "ChannelLastConv2d",
     "ConvDownsample",
@@ -26,6 +29,7 @@ __all__ = [
     "PositionTable",
     "RMSNorm",
     "ResidualConvStem",
+    "RotaryTable",
     "SimplePyramid",
     "add_norm",
     "build_mlp",
