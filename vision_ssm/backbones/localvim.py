@@ -4,9 +4,9 @@ Paper: LocalMamba: Visual State Space Model with Windowed Selective Scan, arXiv 
 Source: github.com/hunto/LocalMamba (Apache-2.0), commit 75e5d1f0, classification/lib/models/local_vim.py. Weights: see
 `PUBLISHED`. The hierarchical LocalVMamba of the same family is in localvmamba.py.
 
-New in this family: `WindowedSequenceScan` as a token mixer, with directions of its own in every block. `directions=None`
-gives the network in which they are searched (the original searches with `dim=128`, for 100 epochs, and keeps the best
-four of every block). Blocks have no MLP; the stream is rotated by its position in front of every block.
+New in this family: `WindowedSequenceScan` as a token mixer, with directions of its own in every block. With
+`directions=None` it is the network in which they are searched (the original searches with `dim=128`, for 100 epochs,
+and keeps the best four of every block). Blocks have no MLP; the stream is rotated by position in front of every block.
 """
 
 import math
@@ -316,8 +316,11 @@ def searched_directions(*blocks: str) -> tuple[tuple[str, ...], ...]:
     return official_directions([codes.split() for codes in blocks])
 
 
-# of the originals' hyperparameters, on what the weights compute
-_WITHOUT_EFFECT = {"use_checkpoint", "pretrained", "residual_in_fp32", "fused_add_norm", "if_abs_pos_embed", "if_cls_token"}
+# of the originals' hyperparameters: these change nothing, or nothing that the state dict does not say
+_WITHOUT_EFFECT = {
+    *("use_checkpoint", "pretrained", "residual_in_fp32", "fused_add_norm"),
+    *("if_abs_pos_embed", "if_cls_token"),
+}
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     img_size=224,
     patch_size=16,

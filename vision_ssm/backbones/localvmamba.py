@@ -1,8 +1,8 @@
 """LocalVMamba: four-stage backbone whose blocks scan rows, columns and windows of the map, in searched directions.
 
 Paper: LocalMamba: Visual State Space Model with Windowed Selective Scan, arXiv 2403.09338.
-Source: github.com/hunto/LocalMamba (Apache-2.0), commit 75e5d1f0, classification/lib/models/local_vmamba.py. Weights: see
-`PUBLISHED`. The plain LocalVim of the same family is in localvim.py.
+Source: github.com/hunto/LocalMamba (Apache-2.0), commit 75e5d1f0, classification/lib/models/local_vmamba.py. Weights:
+see `PUBLISHED`. The plain LocalVim of the same family is in localvim.py.
 
 New in this family: `WindowedScan` as a token mixer, with directions of its own in every block. The rest is the first
 version of VMamba: patches of 4 x 4, patch merging between stages, blocks without an MLP.
@@ -42,8 +42,8 @@ class LocalVMamba(Backbone):
         scan: strategy of the blocks, or options that replace some of the variant's own (see `resolve_scan`);
             False leaves the mixers out.
         patch_size: side of a patch.
-        remainder: ``"pad"`` keeps every pixel of sizes that a patch does not divide, ``"drop"`` cuts the rest off as the
-            original does.
+        remainder: ``"pad"`` keeps every pixel of sizes that a patch does not divide, ``"drop"`` cuts the rest off as
+            the original does.
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
         **common: in_chans, num_classes, features_only, out_indices, out_norm, drop_rate; see `Backbone`.
     """

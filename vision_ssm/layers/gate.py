@@ -9,8 +9,8 @@ from .norm import LayerNorm
 class ChannelGate(nn.Module):
     """Scales every channel of a sequence by a number in (0, 1) that depends on the mean over its tokens.
 
-    ``x * sigmoid(expand(gelu(reduce(mean(norm(x))))))``, a squeeze-and-excitation with a layer norm, which shapes the gate
-    alone. Parameters: ``norm``, ``reduce`` (dim to dim / `reduction`), ``expand``.
+    ``x * sigmoid(expand(gelu(reduce(mean(norm(x))))))``: a squeeze-and-excitation whose norm shapes the gate alone.
+    Parameters: ``norm``, ``reduce`` (dim to dim / `reduction`), ``expand``.
     """
 
     def __init__(self, dim: int, reduction: int = 8):

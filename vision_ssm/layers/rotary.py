@@ -12,8 +12,8 @@ _PRETRAINED_SIDE = 14  # coordinates run over the side of this grid, whatever th
 class RotaryTable(nn.Module):
     """Rotates pairs of neighbouring channels by angles that grow with the row (first half) or column (second half).
 
-    With ``m = dim / 2``, pair k of a half turns by ``14 * i / n * 10000 ** (-2 * k / m)`` at coordinate i of n. At a grid
-    of another size than the constructed one, cosines and sines are resampled bicubically, as the originals do.
+    With ``m = dim / 2``, pair k of a half turns by ``14 * i / n * 10000 ** (-2 * k / m)`` at coordinate i of n. At a
+    grid of another size than the constructed one, cosines and sines are resampled bicubically, as the originals do.
 
     Args:
         dim: channels; must be divisible by 4.

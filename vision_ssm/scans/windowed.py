@@ -3,9 +3,9 @@
 Paper: LocalMamba: Visual State Space Model with Windowed Selective Scan, arXiv 2403.09338. Source of the mathematics:
 github.com/hunto/LocalMamba (Apache-2.0), classification/lib/models/mamba/{multi_mamba,local_scan}.py.
 
-A direction is ``"raster"`` (row by row), ``"column"`` or ``"windowK"`` (K x K windows in raster order, each row by row),
-with ``"_reversed"`` for the whole walk from its end. Windows that reach over the edge of the map read zeros there. These
-steps of padding belong to the walk: the state decays over them.
+A direction is ``"raster"`` (row by row), ``"column"`` or ``"windowK"`` (K x K windows in raster order, each of them row
+by row), with ``"_reversed"`` for the whole walk from its end. Windows that reach over the edge of the map read zeros
+there. These steps of padding belong to the walk: the state decays over them.
 """
 
 import re
