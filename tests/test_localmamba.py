@@ -52,7 +52,10 @@ def test_class_tokens_keep_their_place_in_every_walk():
     assert reads[1] == [0, 1, 3, 4, 2, 10, 5, 10, 9, 6, 7, 10, 10, 8, 10, 10, 10]
     double = DirectionRoutes(("column",), class_tokens="double").tables(2, 2)[0]
     assert double.read.tolist() == double.write.tolist() == [[4, 0, 2, 1, 3, 5]]
-    assert repr(routes) == "DirectionRoutes(directions=('raster_reversed', 'window2'), inverse='exact', class_tokens='middle')"
+    assert (
+        repr(routes)
+        == "DirectionRoutes(directions=('raster_reversed', 'window2'), inverse='exact', class_tokens='middle')"
+    )
 
 
 def written_out(mixer, x, height, width, class_tokens="none"):
@@ -81,7 +84,9 @@ def written_out(mixer, x, height, width, class_tokens="none"):
         bias = core.dt_proj_bias[k]
         y = selective_scan_reference(s.mT, delta, decay, b.mT, c.mT, core.D[k], delta_bias=bias, delta_softplus=True).mT
         y, y_tokens = walked.split(y * F.silu(g) if sequential else y)
-        back = torch.zeros_like(torch.cat([patches, zeros], dim=1)).index_copy(1, table.write[0], y)[:, : height * width]
+        back = torch.zeros_like(torch.cat([patches, zeros], dim=1)).index_copy(1, table.write[0], y)[
+            :, : height * width
+        ]
         y = layout.join(back, y_tokens)
         gate = core.gate
         pooled = F.layer_norm(y, (inner,), gate.norm.weight, gate.norm.bias).mean(1, keepdim=True)
@@ -100,7 +105,11 @@ CASES = [
     ("windowed", (4, 6), dict(directions=("column", "column_reversed", "raster"), inverse="official")),
     ("windowed", (3, 4), dict(directions=None)),
     ("windowed_sequence", (5, 7), {}),
-    ("windowed_sequence", (4, 6), dict(directions=("column", "window3_reversed", "column_reversed"), inverse="official")),
+    (
+        "windowed_sequence",
+        (4, 6),
+        dict(directions=("column", "window3_reversed", "column_reversed"), inverse="official"),
+    ),
     ("windowed_sequence", (2, 4), dict(directions=("column", "raster"), inverse="official")),
     ("windowed_sequence", (3, 4), dict(directions=None)),
     ("windowed_sequence", (3, 5), dict(directions=("window2", "column_reversed", "window7"), class_tokens="middle")),
@@ -112,7 +121,9 @@ CASES = [
 def test_mixers_as_they_are_written(name, size, options):
     torch.manual_seed(0)
     class_tokens = options.get("class_tokens", "none")
-    mixer = build_scan(dict(type=name, state_dim=3, **{k: v for k, v in options.items() if k != "class_tokens"}), 16).double()
+    mixer = build_scan(
+        dict(type=name, state_dim=3, **{k: v for k, v in options.items() if k != "class_tokens"}), 16
+    ).double()
     layout = TokenLayout(*size, class_tokens)
     x = torch.randn(2, size[0] * size[1] + len(layout.positions), 16, dtype=torch.float64, requires_grad=True)
     parameters = list(mixer.parameters())
@@ -129,7 +140,8 @@ def test_mixers_as_they_are_written(name, size, options):
 def test_the_official_inverse_differs_on_maps_that_are_not_square(name):
     torch.manual_seed(0)
     exact, official = (
-        build_scan(dict(type=name, directions=("column", "raster"), inverse=inverse), 16) for inverse in ("exact", "official")
+        build_scan(dict(type=name, directions=("column", "raster"), inverse=inverse), 16)
+        for inverse in ("exact", "official")
     )
     official.load_state_dict(exact.state_dict())
     square, wide = torch.randn(1, 4, 4, 16), torch.randn(1, 3, 4, 16)
@@ -227,7 +239,9 @@ def test_directions_of_blocks():
     assert chosen == list(LocalVim.variants["localvim_micro"]["directions"])
     assert model.stages[0].mixer.core.state_dim == 4
     one = vision_ssm.create_model("localvmamba_micro", scan=dict(directions=("raster", "column")))
-    assert {block.mixer.core.routes.directions for stage in one.stages for block in stage.blocks} == {("raster", "column")}
+    assert {block.mixer.core.routes.directions for stage in one.stages for block in stage.blocks} == {
+        ("raster", "column")
+    }
     search = vision_ssm.create_model("localvim_micro", directions=None, num_classes=2)
     assert all(block.mixer.core.direction_weights is not None for block in search.stages)
     other = vision_ssm.create_model("localvim_micro", scan="windowed")
