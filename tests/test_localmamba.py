@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import vision_ssm
 from vision_ssm import CheckpointError
-from vision_ssm.backbones.localvim import LocalVim, official_directions
+from vision_ssm.backbones.localmamba import official_directions
+from vision_ssm.backbones.localvim import LocalVim
 from vision_ssm.backbones.localvmamba import LocalVMamba
 from vision_ssm.layers import ChannelGate, RotaryTable
 from vision_ssm.ops.reference import selective_scan_reference

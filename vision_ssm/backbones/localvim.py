@@ -11,7 +11,6 @@ and keeps the best four of every block). Blocks have no MLP; the stream is rotat
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,34 +18,21 @@ from timm.layers import trunc_normal_
 from torch import nn
 
 from ..layers import PatchStem, RotaryTable
-from ..registry import SCANS, suggest
 from ..scans.sequence import TokenLayout
-from ..scans.windowed import FIXED, WindowedScan, WindowedSequenceScan
+from ..scans.windowed import FIXED, WindowedSequenceScan
 from .base import Branch, ScanBlock, drop_path_rates, register_family, resolve_scan
+from .localmamba import (
+    Directions,
+    complete_config,
+    convert_gates,
+    official_directions,
+    published,
+    scans_of_blocks,
+    searched_directions,
+)
 from .plain import PlainBackbone
 
-Directions = Sequence[str] | Sequence[Sequence[str]] | None
-"""One list of directions for all blocks, one list for each block, or None: a search among all."""
-
 _SCAN = dict(type="windowed_sequence", expand=2.0, state_dim=16)
-
-
-def scans_of_blocks(
-    spec: dict[str, Any] | Literal[False], directions: Directions, depth: int
-) -> list[dict[str, Any] | Literal[False]]:
-    """The scan of every block. Directions are those of the blocks, where `spec` is a windowed scan and names none.
-
-    Raises:
-        ValueError: a list for each block, but not as many as blocks.
-    """
-    windowed = spec is not False and SCANS.get(spec["type"]) in (WindowedScan, WindowedSequenceScan)
-    if not windowed or "directions" in spec:
-        return [spec] * depth
-    if directions is None or all(isinstance(direction, str) for direction in directions):
-        return [{**spec, "directions": directions}] * depth
-    if len(directions) != depth:
-        raise ValueError(f"directions are given for {len(directions)} blocks, but the model has {depth}")
-    return [{**spec, "directions": chosen} for chosen in directions]
 
 
 class LocalVim(PlainBackbone):
@@ -223,12 +209,6 @@ _OFFICIAL_KEYS = (
     (r"^layers\.(\d+)\.norm\.", r"stages.\1.norm1."),
     (r"^layers\.", "stages."),
 )
-_GATE_KEYS = (
-    (r"\.mixer\.(?:multi_scan\.)?attn\.norm\.", ".mixer.core.gate.norm."),
-    (r"\.mixer\.(?:multi_scan\.)?attn\.global_reduce\.", ".mixer.core.gate.reduce."),
-    (r"\.mixer\.(?:multi_scan\.)?attn\.channel_select\.", ".mixer.core.gate.expand."),
-    (r"\.mixer\.multi_scan\.weights$", ".mixer.core.direction_weights"),
-)
 # original name of a direction's parameter: our name, and how the directions are joined
 _DIRECTION_KEYS = {
     "A_log": ("core.A_log", torch.stack),
@@ -240,16 +220,6 @@ _DIRECTION_KEYS = {
     "conv1d.bias": ("conv.bias", torch.cat),
 }
 _DIRECTION_KEY = re.compile(r"(stages\.\d+\.mixer\.)(A_log|D|x_proj|dt_proj|conv1d)_(\d+)(\.weight|\.bias)?$")
-
-
-def convert_gates(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Original names of channel gates and weights of a search as `WindowedCore` has them; other entries are kept."""
-    converted = {}
-    for key, value in state_dict.items():
-        for pattern, replacement in _GATE_KEYS:
-            key = re.sub(pattern, replacement, key)
-        converted[key] = value.flatten() if key.endswith(".direction_weights") else value
-    return converted
 
 
 def _join_directions(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -278,49 +248,6 @@ def _drop_rotary(state_dict: dict[str, torch.Tensor]) -> None:
             del state_dict[key]
 
 
-def complete_config(config: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An original's hyperparameters with its defaults; `ValueError` for one that it does not have."""
-    unknown = sorted(set(config) - set(defaults) - _WITHOUT_EFFECT)
-    if unknown:
-        hints = "".join(suggest(key, defaults, 1) for key in unknown)
-        raise ValueError(f"unknown hyperparameters of an original {name}: {', '.join(unknown)}.{hints}")
-    return {**defaults, **config}
-
-
-_WALKS = {"h": "raster", "v": "column", "w": "window"}
-_CODE = re.compile(r"(h|v|w)((?<=w)[1-9]\d*)?(_flip)?")
-
-
-def official_directions(codes: Sequence[Any] | None) -> Any:
-    """Our names for the originals' codes (``h``, ``v``, ``w7``, each with or without ``_flip``), in lists of any depth.
-
-    Raises:
-        ValueError: a code that the originals do not know.
-    """
-    if codes is None:
-        return None
-    names = []
-    for code in codes:
-        if not isinstance(code, str):
-            names.append(official_directions(code))
-            continue
-        match = _CODE.fullmatch(code)
-        if match is None or (match[1] == "w") != (match[2] is not None):
-            raise ValueError(f"unknown direction {code!r} of an original LocalMamba: h, v, w2 or w7, and _flip")
-        names.append(f"{_WALKS[match[1]]}{match[2] or ''}{'_reversed' if match[3] else ''}")
-    return tuple(names)
-
-
-def searched_directions(*blocks: str) -> tuple[tuple[str, ...], ...]:
-    """Directions of all blocks from the originals' codes, one string per block."""
-    return official_directions([codes.split() for codes in blocks])
-
-
-# of the originals' hyperparameters: these change nothing, or nothing that the state dict does not say
-_WITHOUT_EFFECT = {
-    *("use_checkpoint", "pretrained", "residual_in_fp32", "fused_add_norm"),
-    *("if_abs_pos_embed", "if_cls_token"),
-}
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     img_size=224,
     patch_size=16,
@@ -381,20 +308,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     ),
 }
 
-_PAPER = dict(license="apache-2.0", paper="arXiv:2403.09338", ema=False)
-RELEASE = "https://github.com/hunto/LocalMamba/releases/download/v1.0.0"
-
-
-def published_by_localmamba(top1: float, file: str | None = None) -> dict[str, Any]:
-    """Entry of `PUBLISHED`: the reported accuracy and, where they are published, the weights."""
-    origin = {} if file is None else dict(url=f"{RELEASE}/{file}", file=file)
-    return dict(_PAPER, top1_reported=top1, **origin)
-
-
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "localvim_tiny": published_by_localmamba(76.2, "local_vim_tiny.ckpt"),
-    "localvim_tiny_middle_cls_token": published_by_localmamba(77.8, "local_vim_tiny_middle_cls_token.ckpt"),
-    "localvim_small": published_by_localmamba(81.1),  # the link on the original's page leads to another model
+    "localvim_tiny": published(76.2, "local_vim_tiny.ckpt"),
+    "localvim_tiny_middle_cls_token": published(77.8, "local_vim_tiny_middle_cls_token.ckpt"),
+    "localvim_small": published(81.1),  # the link on the original's page leads to another model
 }
 
 LocalVim.variants = VARIANTS

@@ -18,12 +18,12 @@ from torch import nn
 from ..layers import PatchMerging, PatchStem
 from ..scans.windowed import FIXED
 from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan
-from .localvim import (
+from .localmamba import (
     Directions,
     complete_config,
     convert_gates,
     official_directions,
-    published_by_localmamba,
+    published,
     scans_of_blocks,
     searched_directions,
 )
@@ -190,8 +190,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "localvmamba_tiny": published_by_localmamba(82.7),  # the weights were withdrawn
-    "localvmamba_small": published_by_localmamba(83.7, "local_vssm_small.ckpt"),
+    "localvmamba_tiny": published(82.7),  # the weights were withdrawn
+    "localvmamba_small": published(83.7, "local_vssm_small.ckpt"),
 }
 
 LocalVMamba.variants = VARIANTS
