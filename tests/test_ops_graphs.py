@@ -167,6 +167,8 @@ def test_flops_scan_2d():
     }
     full = INPUTS["scan_2d"](batch=2, size=(4, 5), dim=24, states=3, rank=None, skip=False)
     assert counted(lambda: scan_2d(**full)) == {"vision_ssm.scan_2d": 2 * 20 * 4 * 24 * 9 * 3}
+    full["x"] = full["x"].unsqueeze(2).expand(-1, -1, 4, -1)  # every route has a map of its own
+    assert counted(lambda: scan_2d(**full)) == {"vision_ssm.scan_2d": 2 * 20 * 4 * 24 * 9 * 3}
 
 
 def test_flops_ssd():

@@ -14,14 +14,17 @@ from .registry import BACKBONES, suggest
 from .weights import load_state_dict, load_weights
 
 
-def families() -> dict[str, type[Backbone]]:
-    """Backbone families by name."""
-    return {cls.family: cls for cls in BACKBONES.module_dict.values()}
+def families() -> dict[str, list[type[Backbone]]]:
+    """Classes of every backbone family, by the family's name. Most families have one."""
+    found: dict[str, list[type[Backbone]]] = {}
+    for cls in BACKBONES.module_dict.values():
+        found.setdefault(cls.family, []).append(cls)
+    return found
 
 
 def find_family(name: str) -> type[Backbone]:
-    """The family of variant `name`; `KeyError` with suggestions if no family has it."""
-    for cls in families().values():
+    """The class that has variant `name`; `KeyError` with suggestions if none has it."""
+    for cls in BACKBONES.module_dict.values():
         if name in cls.variants:
             return cls
     raise KeyError(f"unknown model {name!r}.{suggest(name, list_models())} list_models() names all of them.")
@@ -29,7 +32,8 @@ def find_family(name: str) -> type[Backbone]:
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all variants that match a shell-style `pattern`, such as ``"vmamba_*"``."""
-    return sorted(name for cls in families().values() for name in cls.variants if fnmatch.fnmatchcase(name, pattern))
+    names = (name for cls in BACKBONES.module_dict.values() for name in cls.variants)
+    return sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
 
 
 def _keywords(cls: type[Backbone]) -> list[str]:
@@ -109,7 +113,8 @@ def import_official(family: str, config: dict[str, Any], state_dict: dict[str, t
     known = families()
     if family not in known:
         raise KeyError(f"unknown family {family!r}.{suggest(family, known)}")
-    cls = known[family]
-    model = cls(**cls.from_official_config(dict(config), set(state_dict)))
+    keys = set(state_dict)
+    cls = next((cls for cls in known[family] if cls.recognises(keys)), known[family][0])
+    model = cls(**cls.from_official_config(dict(config), keys))
     load_state_dict(model, state_dict, source=f"the given {family} state dict")
     return model.eval()

@@ -167,10 +167,12 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
     """Which family or variant a state dict belongs to, as far as its keys and shapes tell."""
     keys = set(tensors)
     if not model.recognises(keys):
-        owner = next((cls.family for cls in BACKBONES.module_dict.values() if cls.recognises(keys)), None)
-        origin = f"it looks like a {owner} checkpoint" if owner else f"its keys begin with {_preview(sorted(keys), 3)}"
-        return f"this is no {model.family} checkpoint: {origin}"
-    ours = model.official_keys(dict(tensors))
+        owner = next((cls for cls in BACKBONES.module_dict.values() if cls.recognises(keys)), None)
+        if owner is None:
+            return f"this is no {model.family} checkpoint: its keys begin with {_preview(sorted(keys), 3)}"
+        names = [cls.family if owner.family != model.family else cls.__name__ for cls in (type(model), owner)]
+        return f"this is no {names[0]} checkpoint: it looks like a {names[1]} checkpoint"
+    ours = model.own_keys(dict(tensors))
     for name, settings in model.variants.items():
         if name == model.variant:
             continue
@@ -213,7 +215,7 @@ def load_state_dict(
     """
     if not model.recognises(set(tensors)):
         raise CheckpointError(f"{source} cannot be loaded: {_explain_misfit(model, tensors)}")
-    given = model.official_keys(dict(tensors))
+    given = model.own_keys(dict(tensors))
     wanted = model.state_dict()
     report = LoadReport(source)
     accepted: dict[str, torch.Tensor] = {}

@@ -221,6 +221,10 @@ class Backbone(nn.Module):
         """An original state dict under our names and shapes; a state dict of ours is returned as it is."""
         raise NotImplementedError
 
+    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`official_keys` for this model, where the originals' names depend on more than the state dict."""
+        return self.official_keys(state_dict)
+
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
         """Whether these are keys of this family, official or ours."""

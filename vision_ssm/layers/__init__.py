@@ -10,6 +10,7 @@ from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .pyramid import SimplePyramid
+from .rotary import RotaryTable
 from .stem import ConvStem, PatchStem, ResidualConvStem
 from .watched import is_plain
 
@@ -30,6 +31,7 @@ __all__ = [
     "PositionTable",
     "RMSNorm",
     "ResidualConvStem",
+    "RotaryTable",
     "SimplePyramid",
     "add_norm",
     "build_mlp",

@@ -108,7 +108,7 @@ class Routes:
         """(H, W) int64: how many routes write to each cell."""
         count = torch.zeros(height * width, dtype=torch.int64)
         for table in self.tables(height, width):
-            count += torch.bincount(table.write.flatten(), minlength=height * width)
+            count += torch.bincount(table.write.flatten(), minlength=len(count))[: len(count)]
         return count.view(height, width)
 
     def draw(self, height: int = 6, width: int = 8) -> "Figure":
