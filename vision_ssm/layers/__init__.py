@@ -2,13 +2,14 @@
 
 from .activation import get_activation
 from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
+from .conv_ffn import ConvMlp
 from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from .head import DistilledHead
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .pyramid import SimplePyramid
-from .stem import ConvStem, PatchStem, ResidualConvStem
+from .stem import ConvStem, DeepConvStem, PatchStem, ResidualConvStem
 from .watched import is_plain
 
 __all__ = [
@@ -16,7 +17,9 @@ __all__ = [
     "ChannelLastBatchNorm",
     "ChannelLastConv2d",
     "ConvDownsample",
+    "ConvMlp",
     "ConvStem",
+    "DeepConvStem",
     "DepthwiseConv2d",
     "DistilledHead",
     "InvertedDownsample",

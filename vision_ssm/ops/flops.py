@@ -57,7 +57,7 @@ def scan_2d_shapes(
     *_: Any,
 ) -> int:
     rank = 0 if dt_weight is None else dt_weight[2]
-    return scan_2d_flops(x[0], read[1], read[0], x[2], A[2], rank=rank, skip=D is not None)
+    return scan_2d_flops(x[0], read[1], read[0], x[-1], A[2], rank=rank, skip=D is not None)
 
 
 def ssd_shapes(x: _Shape, dt: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
