@@ -150,7 +150,7 @@ def test_classifier_surgery(name):
     assert isinstance(model.get_classifier(), torch.nn.Identity)
     model.double().reset_classifier(11)
     assert model(x.double()).shape == (1, 11) and model.num_classes == 11
-    one_channel = vision_ssm.create_model(name, in_chans=1, num_classes=2)
+    one_channel = vision_ssm.create_model(name, in_chans=1, num_classes=2).eval()
     assert one_channel(torch.randn(1, 1, 32, 32)).shape == (1, 2)
 
 

@@ -205,6 +205,8 @@ class Backbone(nn.Module):
     """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
     classifier_key: ClassVar[str] = "head.weight"
     """A tensor of the classifier whose first size is the number of classes."""
+    classifier_parts: ClassVar[tuple[str, ...]] = ("norm.", "head.")
+    """What a classifier has and a `features_only` model has not: the beginnings of the names of its parameters."""
 
     stem: nn.Module
     stages: nn.ModuleList

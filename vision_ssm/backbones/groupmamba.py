@@ -89,6 +89,7 @@ class GroupMamba(Backbone):
 
     family = "groupmamba"
     classifier_key = "head.label.weight"
+    classifier_parts = (*Backbone.classifier_parts, "class_block.")
 
     def __init__(
         self,
