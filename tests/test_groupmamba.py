@@ -183,6 +183,13 @@ def test_official_weights_with_a_missing_group():
         vision_ssm.import_official("groupmamba", config, weights)
 
 
+def test_decay_follows_the_originals_shapes():
+    """1-D there: the skips and norms of single groups, which are 2-D in the stacked parameters."""
+    exempt = vision_ssm.create_model("groupmamba_micro").no_weight_decay()
+    mixer = {name.removeprefix("class_block.mixer.") for name in exempt if name.startswith("class_block.mixer.")}
+    assert mixer == {"core.A_log", "core.D", "core.dt_proj_bias", "out_norm_weight", "out_norm_bias"}
+
+
 def test_our_keys_are_kept_and_recognised():
     model = vision_ssm.create_model("groupmamba_micro")
     state = model.state_dict()
