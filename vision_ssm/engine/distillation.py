@@ -90,8 +90,8 @@ class Distillation:
             )
         self.ours = teacher in list_models()
         if not self.ours and not timm.is_model(teacher):
-            choices = [*list_models(), *timm.list_models()]
-            raise KeyError(f"unknown teacher {teacher!r}, neither a model of timm nor of ours.{suggest(teacher, choices)}")
+            hint = suggest(teacher, [*list_models(), *timm.list_models()])
+            raise KeyError(f"unknown teacher {teacher!r}, neither a model of timm nor of ours.{hint}")
         self.num_classes, self.in_chans = num_classes, in_chans
         self.teacher, self.checkpoint = teacher, Path(checkpoint)
         self.kind, self.alpha, self.temperature, self.autocast = kind, alpha, temperature, autocast
