@@ -62,7 +62,7 @@ def test_golden_ss2d(name):
 @pytest.mark.parametrize("size", [(4, 4), (5, 3), (1, 6)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_every_strategy_alone(name, size):
     mixer = build_scan(name, 16)
-    x = torch.randn(2, *size, 16, requires_grad=True)
+    x = torch.randn(4, *size, 16, requires_grad=True)  # enough for a unit behind a ReLU to be alive
     y = mixer(x)
     assert y.shape == x.shape and y.dtype == x.dtype
     y.square().sum().backward()

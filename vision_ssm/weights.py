@@ -264,7 +264,7 @@ def load_state_dict(
 
 
 def _rule_for_extra(model: Backbone, key: str) -> str | None:
-    if key.startswith(("head.", "norm.")) and isinstance(model.head, nn.Identity):
+    if key.startswith(model.classifier_parts) and isinstance(model.head, nn.Identity):
         if model.features_only or key.startswith("head."):
             return "classifier of a model without one"
     stage = re.match(r"stages\.(\d+)\.", key)

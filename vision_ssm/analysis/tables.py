@@ -34,7 +34,8 @@ def model_table() -> str:
             model = create_model(name)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         published = find_family(name).published.get(name, {})
-        weights = f"[{published['file']}]({published['url']})" if "url" in published else "none published"
+        file = published.get("file", "download page")
+        weights = f"[{file}]({published['url']})" if "url" in published else "none published"
         top1 = f"{published['top1_reported']}" if published else "-"
         side = model.pretrained_cfg["input_size"][-1]
         macs = count_macs(partial(create_model, name), side)

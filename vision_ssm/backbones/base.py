@@ -8,7 +8,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import DepthwiseConv2d, add_norm, build_mlp, get_norm
+from ..layers import DepthwiseConv2d, DistilledHead, add_norm, build_mlp, get_norm
 from ..registry import BACKBONES
 from ..scans import build_scan
 from ..scans.sequence import TokenLayout
@@ -205,6 +205,8 @@ class Backbone(nn.Module):
     """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
     classifier_key: ClassVar[str] = "head.weight"
     """A tensor of the classifier whose first size is the number of classes."""
+    classifier_parts: ClassVar[tuple[str, ...]] = ("norm.", "head.")
+    """What a classifier has and a `features_only` model has not: the beginnings of the names of its parameters."""
 
     stem: nn.Module
     stages: nn.ModuleList
@@ -375,6 +377,11 @@ class Backbone(nn.Module):
         """The classifier, or `nn.Identity` where there is none."""
         return self.head
 
+    def taught_parameters(self) -> list[nn.Parameter]:
+        """Parameters that only a distillation loss reaches: those of classifiers that learn from a teacher."""
+        heads = [module.teacher for module in self.modules() if isinstance(module, DistilledHead)]
+        return [parameter for head in heads for parameter in head.parameters()]
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one for `num_classes` classes (0: none)."""
         if self.features_only:
@@ -400,6 +407,7 @@ class Backbone(nn.Module):
         return dict(stem=r"^(?:stem|pos_embed)\b", blocks=r"^stages\.(\d+)" if coarse else blocks + tail)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed: decays, skips, step-size biases, position tables (1-D ones aside)."""
-        leaves = ("A_log", "D", "dt_proj_bias", "table")
+        """Parameters that are never decayed: decays, skips, step-size biases, norms of groups of channels, position
+        tables (1-D ones aside)."""
+        leaves = ("A_log", "D", "dt_proj_bias", "out_norm_weight", "out_norm_bias", "table")
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}

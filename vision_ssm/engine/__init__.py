@@ -2,6 +2,7 @@
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
+from .distillation import Distillation, distillation_loss
 from .graphs import GraphedCall
 from .hooks import (
     CheckpointHook,
@@ -20,6 +21,7 @@ from .runner import Runner
 __all__ = [
     "CheckpointHook",
     "ClassificationMetric",
+    "Distillation",
     "EpochTrainLoop",
     "Evaluation",
     "GraphedCall",
@@ -35,6 +37,7 @@ __all__ = [
     "RecordHook",
     "Runner",
     "build_loss",
+    "distillation_loss",
     "find_non_finite",
     "parameter_groups",
     "read_training",

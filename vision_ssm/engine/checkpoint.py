@@ -213,14 +213,14 @@ FINGERPRINTED = (
     "custom_hooks",
     "randomness",
 )
-IRRELEVANT = ("root", "pretrained", "strict", "deterministic", "cuda_graphs")
+IRRELEVANT = ("root", "pretrained", "checkpoint", "strict", "deterministic", "cuda_graphs")
 
 
 def fingerprint(cfg: Mapping[str, Any]) -> dict[str, str]:
     """What in a config decides the numbers of a run, flattened to ``{"model.backbone.name": "'vmamba_micro'", ...}``.
 
-    Folders, workers, logging and the like are left out, and so are switches that choose how the same numbers are
-    computed; of the custom hooks only those that change weights (EMA) count.
+    Folders, files, workers, logging and the like are left out, and so are switches that choose how the same numbers
+    are computed; of the custom hooks only those that change weights (EMA) count.
     """
     flat: dict[str, str] = {}
 

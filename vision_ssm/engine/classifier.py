@@ -1,7 +1,9 @@
 """Image classification on the Runner: a backbone of the library, its head, a loss and batch mixing."""
 
+import logging
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from timm.data import Mixup
@@ -12,6 +14,7 @@ from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, check_keywords, suggest
 from vision_ssm.weights import load_weights
 
+from .distillation import Distillation, check_distillation
 from .graphs import GraphedCall
 
 LOSSES = {
@@ -93,6 +96,9 @@ class ImageClassifier(BaseModel):
         reset_head: keep the freshly initialised head instead of the one of `pretrained`.
         cuda_graphs: run the backbone through CUDA graphs in mode ``loss`` of training (see `GraphedCall`). Needs a
             CUDA device, one process and an optimizer step after every iteration; the Runner refuses what does not fit.
+        distillation: keywords of `Distillation` (``teacher``, ``checkpoint``, ``kind``, ``alpha``, ``temperature``,
+            ``autocast``), for a model with two classifiers. Without it, or with kind ``"none"``, such a model learns
+            with its first classifier alone, and the second one, which nothing would teach, is frozen.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class ImageClassifier(BaseModel):
         pretrained: str | None = None,
         reset_head: bool = False,
         cuda_graphs: bool = False,
+        distillation: dict | None = None,
     ) -> None:
         super().__init__(data_preprocessor=ImageBatch(num_classes, mixup))
         if mixup is not None and loss.get("type") not in SOFT_LOSSES:
@@ -125,6 +132,19 @@ class ImageClassifier(BaseModel):
             print_log(f"Pretrained weights: {report}", logger="current")
         self.loss = build_loss(loss)
         self.graphed = GraphedCall(self.backbone) if cuda_graphs else None
+        keywords = check_distillation(distillation)
+        self.distillation = None
+        if keywords is not None:
+            self.distillation = Distillation(num_classes, self.backbone.in_chans, **keywords)
+        elif untaught := self.backbone.taught_parameters():
+            for parameter in untaught:
+                parameter.requires_grad_(False)
+            print_log(
+                "The classifier that learns from a teacher is frozen, because no distillation is set; evaluation still "
+                "averages it with the other one. backbone.distilled=False leaves it out.",
+                logger="current",
+                level=logging.WARNING,
+            )
 
     def init_weights(self) -> None:
         """Nothing to do: `create_model` has initialised or loaded every weight."""
@@ -141,20 +161,26 @@ class ImageClassifier(BaseModel):
             mode: ``tensor``, ``loss`` or ``predict``.
 
         Returns:
-            ``tensor``: logits (B, num_classes). ``loss``: dict with ``loss`` and ``top1`` (%, against the label of
-            largest weight). ``predict``: B dicts with ``logits`` (num_classes,) float32, ``label`` and ``path``.
+            ``tensor``: what the backbone returns, logits (B, num_classes) (two of them from a model with two
+            classifiers in training mode). ``loss``: dict with ``loss`` and ``top1`` (%, against the label of largest
+            weight). ``predict``: B dicts with ``logits`` (num_classes,) float32, ``label`` and ``path``.
         """
+        teacher = self.distillation.teach(image) if self.distillation is not None and mode == "loss" else None
         graphed = self.graphed if mode == "loss" else None
-        logits = self.backbone(image) if graphed is None else graphed(image)
+        outputs = self.backbone(image) if graphed is None else graphed(image)
         if mode == "tensor":
-            return logits
+            return outputs
         if label is None:
             raise ValueError(f"mode {mode!r} needs the labels of the images; mode 'tensor' gives logits without them")
-        logits = logits.float()
+        logits = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
         if mode == "loss":
             hard = label if label.ndim == 1 else label.argmax(1)
             top1 = (logits.detach().argmax(1) == hard).float().mean() * 100
-            return {"loss": self.loss(logits, label), "top1": top1}
+            with torch.autocast(image.device.type, enabled=False):
+                loss = self.loss(logits, label)
+                if self.distillation is not None:
+                    loss = self.distillation(loss, outputs, teacher)
+            return {"loss": loss, "top1": top1}
         if mode == "predict":
             rows = zip(logits, label.tolist(), path or [""] * len(logits), strict=True)
             return [dict(logits=row, label=truth, path=file) for row, truth, file in rows]

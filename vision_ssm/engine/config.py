@@ -20,7 +20,7 @@ from .optim import PRECISIONS
 from .runner import Runner
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-SELF_CHECKED = ("backbone", "loss", "mixup", "transform", "paramwise_cfg")
+SELF_CHECKED = ("backbone", "loss", "mixup", "distillation", "transform", "paramwise_cfg")
 """Parts of a config whose builders reject unknown keywords themselves."""
 TOP_LEVEL = ("resume_anyway", "compile", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
 """Keys of a config that the Runner reads besides its constructor's keywords."""

@@ -37,6 +37,7 @@ from .checkpoint import (
     write_checkpoint,
     write_text,
 )
+from .distillation import Distillation
 from .graphs import GraphedCall, check_graphs
 from .loops import EpochTrainLoop
 
@@ -318,6 +319,7 @@ class Runner(mmengine.runner.Runner):
             self._val_loop = self.build_val_loop(self._val_loop)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._prepare_graphs()
+        self._prepare_teacher()
         self._check_classes()
 
     def train(self) -> nn.Module:
@@ -354,6 +356,12 @@ class Runner(mmengine.runner.Runner):
                 compiled=self.cfg.get("compile") not in (None, False),  # an empty dict compiles with the defaults
             )
             graphed.batch_size = self.train_dataloader.batch_size
+
+    def _prepare_teacher(self) -> None:
+        """A model that learns from a teacher has it before anything is trained, or the run ends here."""
+        distillation = getattr(self.bare_model, "distillation", None)
+        if isinstance(distillation, Distillation):
+            distillation.prepare(next(self.bare_model.parameters()).device)
 
     def _check_classes(self) -> None:
         """Training and validation labels must agree with each other and with the model before anything is trained."""

@@ -11,7 +11,7 @@ from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
 from .pyramid import SimplePyramid
 from .rotary import RotaryTable
-from .stem import ConvStem, PatchStem, ResidualConvStem
+from .stem import ConvStem, DeepConvStem, PatchStem, ResidualConvStem
 from .watched import is_plain
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ConvDownsample",
     "ConvMlp",
     "ConvStem",
+    "DeepConvStem",
     "DepthwiseConv2d",
     "DistilledHead",
     "InvertedDownsample",

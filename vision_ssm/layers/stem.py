@@ -73,6 +73,28 @@ class ConvStem(nn.Module):
         return self.norm2(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)
 
 
+class DeepConvStem(nn.Module):
+    """Three convolutions of width `hidden_dim` at half the size, each with batch norm and ReLU, then one to `dim`.
+
+    ``convs`` (7x7 with stride 2, two of 3x3), ``proj`` (3x3 with stride 2), layer norm. Stem of GroupMamba.
+    """
+
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int):
+        super().__init__()
+        self.convs = nn.Sequential(
+            ConvNormAct(in_chans, hidden_dim, 7, stride=2),
+            ConvNormAct(hidden_dim, hidden_dim, 3),
+            ConvNormAct(hidden_dim, hidden_dim, 3),
+        )
+        self.proj = nn.Conv2d(hidden_dim, dim, 3, stride=2, padding=1)
+        self.norm = get_norm("layer", dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W). Returns (B, ceil(H / 4), ceil(W / 4), dim)."""
+        x = self.proj(self.convs(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)
+
+
 class ResidualConvStem(nn.Module):
     """Two strided 3x3 convolutions with a residual pair between them and a widened end, all with batch norm.
 
