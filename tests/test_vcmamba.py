@@ -109,7 +109,7 @@ def test_two_classifiers():
 
 
 def test_dense_backbone_has_another_stem_and_no_norms():
-    options = families()["vcmamba"].from_official_config(DENSE["config"], set(DENSE["state_dict"]))
+    options = families()["vcmamba"][0].from_official_config(DENSE["config"], set(DENSE["state_dict"]))
     assert options["features_only"] and options["stem_act"] == "gelu" and not options["out_norm"]
     assert options["img_size"] == 256
     assert isinstance(micro(stem_act="gelu").stem[1].bn.act, nn.GELU)

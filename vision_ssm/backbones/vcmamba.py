@@ -60,7 +60,7 @@ class StridedConvStem(nn.Sequential):
         return x.permute(0, 2, 3, 1).contiguous()  # (B, H/4, W/4, dim)
 
 
-class ConvMlp(nn.Module):
+class ConvNormMlp(nn.Module):
     """MLP with a depthwise 3x3 convolution between its layers; batch norm behind all three, GELU behind two.
 
     Parameters: ``fc1``, ``norm1``, ``conv``, ``conv_norm``, ``fc2``, ``norm2``.
@@ -83,12 +83,12 @@ class ConvMlp(nn.Module):
         return self.norm2(self.fc2(x))
 
 
-class ConvMlpBlock(nn.Module):
-    """Residual `ConvMlp`, scaled per channel if `layer_scale` gives an initial scale."""
+class ConvNormMlpBlock(nn.Module):
+    """Residual `ConvNormMlp`, scaled per channel if `layer_scale` gives an initial scale."""
 
     def __init__(self, dim: int, mlp_ratio: float, layer_scale: float | None, drop_path: float):
         super().__init__()
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+        self.mlp = ConvNormMlp(dim, int(dim * mlp_ratio))
         self.layer_scale = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -102,7 +102,7 @@ class ConvMlpBlock(nn.Module):
 
 
 class ConvMlpScanBlock(ScanBlock):
-    """`ScanBlock` with batch norms and a `ConvMlp`; the first of them adds a position table to what it is given."""
+    """`ScanBlock` with batch norms and a `ConvNormMlp`; the first of them adds a position table to what it is given."""
 
     def __init__(
         self, dim: int, scan: dict | Literal[False], mlp_ratio: float, drop_path: float, grid_size: int | None
@@ -110,7 +110,7 @@ class ConvMlpScanBlock(ScanBlock):
         super().__init__(dim, scan, norm="batch", mlp_ratio=0.0, drop_path=drop_path)
         self.pos_embed = None if grid_size is None else PositionTable(dim, grid_size, grid_size)
         self.norm2 = get_norm("batch", dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+        self.mlp = ConvNormMlp(dim, int(dim * mlp_ratio))
 
     def forward(
         self, x: torch.Tensor, branch: Branch | None = None, layout: TokenLayout | None = None
@@ -171,7 +171,7 @@ class VCMamba(Backbone):
             blocks: list[nn.Module] = []
             for rate in rates:
                 if number < first:
-                    blocks.append(ConvMlpBlock(dims[i], mlp_ratio, layer_scale, rate))
+                    blocks.append(ConvNormMlpBlock(dims[i], mlp_ratio, layer_scale, rate))
                 else:
                     grid_size = img_size // _STRIDES[-1] if pos_embed and number == first else None
                     blocks.append(ConvMlpScanBlock(dims[i], spec, mlp_ratio, rate, grid_size))
