@@ -213,8 +213,8 @@ def test_directions_are_not_decayed():
 
 def test_arch_alone_says_everything():
     case = golden_cases.load("plainmamba/plainmamba_l1_224")
-    options = families()["plainmamba"].from_official_config({"arch": "L1"}, set(case["state_dict"]))
-    given = families()["plainmamba"].from_official_config(case["config"], set(case["state_dict"]))
+    options = families()["plainmamba"][0].from_official_config({"arch": "L1"}, set(case["state_dict"]))
+    given = families()["plainmamba"][0].from_official_config(case["config"], set(case["state_dict"]))
     assert options == given and options["local_blocks"] == (0,) and options["stem_convs"] == 1
 
 
@@ -263,7 +263,7 @@ def test_positions_of_another_shape():
 
 @pytest.mark.parametrize("family", ["plainmamba", "vcmamba"])
 def test_recognises_its_own_keys_alone(family):
-    cls = families()[family]
+    (cls,) = families()[family]
     for folder in sorted(path for path in golden_cases.ROOT.iterdir() if path.name != "ops"):
         for name in golden_cases.names(folder.name):
             assert cls.recognises(set(golden_cases.load(name)["state_dict"])) is (folder.name == family), name
