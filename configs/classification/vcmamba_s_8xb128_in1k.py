@@ -1,6 +1,6 @@
 # vcmamba_s: reported top-1 78.7 % with two classifiers, one of which learns from regnety_160 (arXiv 2509.04669). Not in
-# here: that teacher, so there is one classifier; repeated augmentation; batch norms over all GPUs; 10 epochs more at the
-# lowest rate.
+# here: that teacher, so there is one classifier; repeated augmentation; batch norms over all GPUs; 10 epochs more at
+# the lowest rate.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",
