@@ -28,7 +28,6 @@ from .tiles import LN_2, LOG2_E, rounded, softplus_log2, softplus_slope, sum_pro
 _FEW_PROGRAMS = 264  # below this many, sequences are cut into stretches
 _LARGEST_STATE = 8192  # numbers of a state in the registers of a program
 _SMALLEST = 16  # side of a matrix product
-_WARPS = 4  # twice as many in the backward pass
 
 
 @triton.jit
@@ -260,53 +259,57 @@ def _backward_kernel(
         v, step = _steps(dt, t, shift, end, stride_tl, SOFTPLUS)
         exponent = step * rate
         delta = step * LN_2
-        decay_in = tl.exp2(tl.cumsum(exponent, 0))
-        decay_out = _decay_out(dt, t, rate, shift, end, stride_tl, SOFTPLUS)
-        total = tl.exp2(tl.sum(exponent, 0))
         b = _rows(B, t, length, stride_bl, n, STATES, dtype)
         c = _rows(C, t, length, stride_cl, n, STATES, dtype)
         value = _rows(x, t, length, stride_xl, p, WIDTH, dtype)
-        grad = _rows(grad_y, t, length, stride_gl, p, WIDTH, tl.float32)
-        at = sequence * tl.cdiv(length, STEPS) + first // STEPS
-        state = tl.load(kept + at * (WIDTH * STATES) + place, mask=state_mask, other=0.0)
-        of_skip += tl.sum(grad * value.to(tl.float32), 0)
-
-        # Across chunks: the state that enters decays up to a step, what a step adds decays from there to the end.
-        of_drive = sum_products(b, rounded(adjoint, dtype), tl.zeros([STEPS, COLUMNS], tl.float32), EXACT)
-        grad_value = of_drive * (delta * decay_out)[:, None] + grad * skip[None, :]
-        from_step = decay_out * tl.sum(of_drive * value.to(tl.float32), 1)  # [j]
-        of_decay = total * tl.sum(tl.sum(state.to(tl.float32) * adjoint, 1), 0)
-        grad = rounded(grad, dtype)
-        of_state = sum_products(grad, tl.trans(state), tl.zeros([STEPS, ROWS], tl.float32), EXACT)
-        to_step = decay_in * tl.sum(of_state * c.to(tl.float32), 1)  # [i]
-        of_c = of_state * decay_in[:, None]
-        of_b = sum_products(value, tl.trans(rounded(adjoint, dtype)), tl.zeros([STEPS, ROWS], tl.float32), EXACT)
-        of_b *= (delta * decay_out)[:, None]
+        wide_grad = _rows(grad_y, t, length, stride_gl, p, WIDTH, tl.float32)
+        grad = rounded(wide_grad, dtype)
+        of_skip += tl.sum(wide_grad * value.to(tl.float32), 0)
 
         # Inside the chunk, [j, i]: what step i takes of step j, exponents summed from j + 1 to i.
         between = tl.cumsum(tl.where(i[None, :] > i[:, None], exponent[None, :], 0.0), 1)
         decay = tl.where(i[None, :] >= i[:, None], tl.exp2(between), 0.0)
-        scores = decay * sum_products(b, tl.trans(c), tl.zeros([STEPS, STEPS], tl.float32), EXACT)
-        pairs = sum_products(value, tl.trans(grad), tl.zeros([STEPS, STEPS], tl.float32), EXACT)
-        grad_value = sum_products(rounded(scores * delta[:, None], dtype), grad, grad_value, EXACT)
+        pairs = decay * sum_products(value, tl.trans(grad), tl.zeros([STEPS, STEPS], tl.float32), EXACT)
+        scores = sum_products(b, tl.trans(c), tl.zeros([STEPS, STEPS], tl.float32), EXACT)
+        weights = scores * pairs
+        shared = rounded(pairs * delta[:, None], dtype)
+        mixing = rounded(scores * decay * delta[:, None], dtype)
+        of_step = tl.sum(weights, 1)
+        # the decay of a step lies between all j before it and all i from it on
+        later = tl.cumsum(weights * delta[:, None], 1, reverse=True)  # [j, t]: sum over i from t on
+        of_decay = tl.sum(tl.where(i[:, None] < i[None, :], later, 0.0), 0)
+
+        # Across chunks: the state that enters decays up to a step, what a step adds decays from there to the end.
         mask = t < length
         row = t.to(tl.int64) * HEADS
+        decay_out = _decay_out(dt, t, rate, shift, end, stride_tl, SOFTPLUS)
+        narrow = rounded(adjoint, dtype)
+        of_drive = sum_products(b, narrow, tl.zeros([STEPS, COLUMNS], tl.float32), EXACT)
+        across = decay_out * tl.sum(of_drive * value.to(tl.float32), 1)  # [j]
+        of_step += across
+        of_decay += tl.sum(tl.where(i[:, None] < i[None, :], (delta * across)[:, None], 0.0), 0)
+        of_drive = of_drive * (delta * decay_out)[:, None] + wide_grad * skip[None, :]
+        of_drive = sum_products(mixing, grad, of_drive, EXACT)
         tl.store(
-            grad_x + row[:, None] * WIDTH + p[None, :], rounded(grad_value, grad_x.dtype.element_ty),
+            grad_x + row[:, None] * WIDTH + p[None, :], rounded(of_drive, grad_x.dtype.element_ty),
             mask=mask[:, None] & (p < WIDTH)[None, :],
         )  # fmt: skip
-        shared = rounded(decay * pairs * delta[:, None], dtype)
-        of_b = sum_products(shared, c, of_b, EXACT)
-        of_c = sum_products(tl.trans(shared), b, of_c, EXACT)
-        matrix_mask = mask[:, None] & (n < STATES)[None, :]
-        tl.store(grad_B + row[:, None] * STATES + n[None, :], of_b, mask=matrix_mask)
-        tl.store(grad_C + row[:, None] * STATES + n[None, :], of_c, mask=matrix_mask)
 
-        # The decay of a step lies between all j before it and all i from it on.
-        weights = scores * pairs
-        later = tl.cumsum(weights * delta[:, None], 1, reverse=True) + (delta * from_step)[:, None]  # [j, t]
-        of_decay += tl.sum(tl.where(i[:, None] < i[None, :], later, 0.0), 0) + tl.cumsum(to_step, 0, reverse=True)
-        of_step = from_step + tl.sum(weights, 1) + of_decay * rate
+        matrix_place, matrix_mask = row[:, None] * STATES + n[None, :], mask[:, None] & (n < STATES)[None, :]
+        of_b = sum_products(value, tl.trans(narrow), tl.zeros([STEPS, ROWS], tl.float32), EXACT)
+        of_b = sum_products(shared, c, of_b * (delta * decay_out)[:, None], EXACT)
+        tl.store(grad_B + matrix_place, of_b, mask=matrix_mask)
+
+        decay_in = tl.exp2(tl.cumsum(exponent, 0))
+        total = tl.exp2(tl.sum(exponent, 0))
+        at = sequence * tl.cdiv(length, STEPS) + first // STEPS
+        state = tl.load(kept + at * (WIDTH * STATES) + place, mask=state_mask, other=0.0)
+        of_decay += total * tl.sum(tl.sum(state.to(tl.float32) * adjoint, 1), 0)
+        of_c = sum_products(grad, tl.trans(state), tl.zeros([STEPS, ROWS], tl.float32), EXACT) * decay_in[:, None]
+        of_decay += tl.cumsum(tl.sum(of_c * c.to(tl.float32), 1), 0, reverse=True)
+        tl.store(grad_C + matrix_place, sum_products(tl.trans(shared), b, of_c, EXACT), mask=matrix_mask)
+
+        of_step += of_decay * rate
         of_rate += tl.sum(of_decay * delta, 0)
         if SOFTPLUS:
             of_step *= softplus_slope(v, step)
@@ -323,18 +326,21 @@ def _backward_kernel(
 
 
 class _Cut(NamedTuple):
-    """Constants of the kernels: `steps` of a chunk, and a state as tiles of `rows` (all of N) by `columns` (of P)."""
+    """Constants of the kernels: `steps` of a chunk, a state as tiles of `rows` (all of N) by `columns` (of P), warps."""
 
     steps: int
     rows: int
     columns: int
+    warps: int
 
 
-def _cut(length: int, width: int, states: int, half: bool) -> _Cut:
+def _cut(length: int, width: int, states: int, half: bool, exact: bool, backward: bool) -> _Cut:
     rows = max(_SMALLEST, power_of_2(states))
     columns = min(64, max(_SMALLEST, power_of_2(width)), max(_SMALLEST, _LARGEST_STATE // rows))
-    steps = min(64 if half and rows <= 128 else 32, max(_SMALLEST, power_of_2(length)))
-    return _Cut(steps, rows, columns)
+    steps = 32 if half or not backward else 16  # more do not fit into registers
+    if half and not backward and rows <= 64:
+        steps = 64
+    return _Cut(min(steps, max(_SMALLEST, power_of_2(length))), rows, columns, 8 if half and backward else 4)
 
 
 class _Call:
@@ -351,6 +357,7 @@ class _Call:
         dt_bias: Tensor | None,
         initial_states: Tensor | None,
         dt_softplus: bool,
+        backward: bool,
     ):
         self.x, self.dt, self.B, self.C = (_rows_together(tensor) for tensor in (x, dt, B, C))
         self.batch, self.length, self.heads, self.width = x.shape
@@ -361,7 +368,7 @@ class _Call:
         self.initial = None if initial_states is None else initial_states.float().contiguous()
         dtypes = {tensor.dtype for tensor in (x, B, C)}
         half, exact = dtypes == {torch.bfloat16}, torch.float32 in dtypes
-        cut = _cut(self.length, self.width, self.states, half)
+        cut = _cut(self.length, self.width, self.states, half, exact, backward)
         self.blocks, self.chunks = ceil_div(self.width, cut.columns), ceil_div(self.length, cut.steps)
         self.sequences = self.batch * self.heads
         stretches = 1
@@ -370,7 +377,7 @@ class _Call:
         span = ceil_div(self.chunks, stretches)
         self.stretches, self.span = ceil_div(self.chunks, span), span * cut.steps
         self.grid = (self.sequences * self.stretches * self.blocks,)
-        self.state_dtype = torch.bfloat16 if half else torch.float32
+        self.warps, self.state_dtype = cut.warps, torch.bfloat16 if half else torch.float32
         self.constants = dict(
             HEADS=self.heads, GROUP=self.heads // B.shape[2], WIDTH=self.width, STATES=self.states, STEPS=cut.steps,
             COLUMNS=cut.columns, ROWS=cut.rows, SOFTPLUS=dt_softplus, EXACT=exact, HALF=half,
@@ -403,7 +410,7 @@ class _Call:
             _states_kernel, self.grid,
             values, self.dt, self.A, matrix, self.dt_bias, entering, kept, leaving, totals,
             *values.stride()[:3], *self.dt.stride()[:2], *matrix.stride()[:3], self.length, self.span, self.stretches,
-            **self.constants, TURNED=turned, num_warps=_WARPS,
+            **self.constants, TURNED=turned, num_warps=self.warps,
         )  # fmt: skip
 
 
@@ -425,7 +432,7 @@ def forward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Returns y, (B, L, heads, P), and the final states, (B, heads, P, N), in float32. `chunk_size` is not used."""
-    call = _Call(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus)
+    call = _Call(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, backward=False)
     y = x.new_empty(x.shape, dtype=torch.float32)
     final = x.new_empty(call.batch, call.heads, call.width, call.states, dtype=torch.float32)
     if call.sequences:
@@ -434,7 +441,7 @@ def forward(
             _forward_kernel, call.grid,
             call.x, call.dt, call.A, call.B, call.C, call.D, call.dt_bias, entering, y, final,
             *call.x.stride()[:3], *call.dt.stride()[:2], *call.B.stride()[:3], *call.C.stride()[:3],
-            call.length, call.span, call.stretches, **call.constants, num_warps=_WARPS,
+            call.length, call.span, call.stretches, **call.constants, num_warps=call.warps,
         )  # fmt: skip
     return y, final
 
@@ -454,7 +461,7 @@ def backward(
     chunk_size: int,
 ) -> dict[str, Tensor]:
     """Gradients by name; that of `x` in its dtype, the others in float32."""
-    call = _Call(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus)
+    call = _Call(x, dt, A, B, C, D, dt_bias, initial_states, dt_softplus, backward=True)
     batch, length, heads, width, states = *x.shape, call.states
     grad_y = _rows_together(grad_y) if grad_y.numel() else x.new_zeros(x.shape, dtype=torch.float32)
     new = x.new_empty if call.sequences else x.new_zeros
@@ -477,7 +484,7 @@ def backward(
             grad_x, grad_dt, grad_B, grad_C, grad_A, grad_D, grad_initial,
             *grad_y.stride()[:3], *call.x.stride()[:3], *call.dt.stride()[:2], *call.B.stride()[:3],
             *call.C.stride()[:3], length, call.span, call.stretches, batch,
-            **call.constants, num_warps=2 * _WARPS,
+            **call.constants, num_warps=call.warps,
         )  # fmt: skip
     grad_dt = _sum_blocks(grad_dt)
     grads = {"x": grad_x, "dt": grad_dt, "A": grad_A.sum(0)}
