@@ -174,6 +174,20 @@ def test_switches_that_cases_do_not_have(name):
     switch = "convffn" if "v3" in name else "convFFN"
     model = vision_ssm.import_official("msvmamba", {**case["config"], switch: False, "mlp_ratio": 0.0}, without)
     assert model.stages[0].blocks[0].conv_mlp is None
+    without = {key: value for key, value in weights.items() if ".op." not in key and ".norm." not in key.split("blocks")[-1]}
+    without |= {key: value for key, value in weights.items() if "classifier" in key or "downsample" in key}
+    model = vision_ssm.import_official("msvmamba", {**case["config"], "ssm_ratio": 0.0}, without)
+    assert model.stages[0].blocks[0].mixer is None and torch.isfinite(model(image)).all()
+
+
+def test_first_version_compiles_and_exports():
+    model = vision_ssm.create_model("msvmamba_nano", depths=(1, 1, 1, 1), dims=16, num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 48)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), wanted)
+        torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted)
 
 
 def test_suffixes_of_the_last_version():
@@ -190,7 +204,7 @@ def test_suffixes_of_the_last_version():
     [
         ("micro_ms", dict(ms_split=[1, 2]), r"ms_split=\[1, 2\] of an original MSVMamba is not offered; it is \[1, 3\]"),
         ("micro_ms", dict(sep_norm=True), "sep_norm=True of an original MSVMamba is not offered"),
-        ("micro_ms", dict(ssm_rank_ratio=1.0), "ssm_rank_ratio=1.0 of an original MSVMamba is not offered; it is 2.0"),
+        ("micro_ms", dict(ssm_rank_ratio=1.0), "ssm_rank_ratio=1.0 below ssm_ratio=2.0 of an original MSVMamba is not offered"),
         ("micro_ms", dict(forward_type="v0"), "forward_type 'v0' of an original MSVMamba is not offered; it is 'v2'"),
         ("micro_ms", dict(add_sse=True), r"\(first version\): add_sse. Did you mean 'add_se'"),
         ("micro_v3_vms_noz", dict(full_res_index=3), "full_res_index=3 of an original MSVMamba is not offered; it is 1 or 2"),

@@ -146,14 +146,15 @@ class MSVMamba(VMamba):
             raise ValueError(f"forward_type {forward_type!r} of an original MSVMamba is not offered; it is {core!r}")
         common = {key: value for key, value in config.items() if key in _COMMON}
         options = super().from_official_config({**common, "forward_type": "v05" + forward_type[len(core) :]}, keys)
-        scan = {**(_V3_SCAN if last else _V1_SCAN), "gate": True, **options["scan"], "type": "multi_scale"}
-        scan["channel_gate"] = config.get("add_se", any(".op.se." in key for key in keys))
-        scan["reverse_full"] = config.get("full_res_index", 1) == 2
+        if options["scan"]:
+            scan = {**(_V3_SCAN if last else _V1_SCAN), "gate": True, **options["scan"], "type": "multi_scale"}
+            scan["channel_gate"] = config.get("add_se", any(".op.se." in key for key in keys))
+            scan["reverse_full"] = config.get("full_res_index", 1) == 2
+            options["scan"] = scan
         convolutional = config.get("convffn" if last else "convFFN", any(".convFFN." in key for key in keys))
         ratio = config.get("conv_ffn_ratio", 4) if last else 2
         return dict(
             options,
-            scan=scan,
             conv_mlp_ratio=ratio if convolutional else 0.0,
             conv_mlp_dropout=config.get("ffn_dropout", 0.2),
             post_norm=last and str(config.get("norm_layer", "ln")).lower() != "ln",
@@ -193,7 +194,6 @@ def _refuse(config: dict[str, Any]) -> None:
         "ms_fusion": (None,),
         "sep_norm": (False,),
         "ms_split": ([1, 3],),
-        "ssm_rank_ratio": (config.get("ssm_ratio", 2.0),),
         "axis_stage": ([],),
         "full_res_index": (1, 2),
     }
@@ -203,6 +203,9 @@ def _refuse(config: dict[str, Any]) -> None:
         if value not in values:
             choices = " or ".join(map(repr, values))
             raise ValueError(f"{name}={value!r} of an original MSVMamba is not offered; it is {choices}")
+    rank_ratio, ratio = (config.get(name, 2.0) for name in ("ssm_rank_ratio", "ssm_ratio"))
+    if rank_ratio < ratio:
+        raise ValueError(f"ssm_rank_ratio={rank_ratio} below ssm_ratio={ratio} of an original MSVMamba is not offered")
 
 
 _V1 = dict(
