@@ -1,8 +1,8 @@
 """VSSD: four-stage backbone whose first three stages sum over all cells instead of scanning them.
 
 Paper: VSSD: Vision Mamba with Non-Causal State Space Duality, arXiv 2407.18559.
-Source: github.com/YuHengsss/VSSD, commit 87b753b3, classification/models/mamba2.py (its licence: see there). Weights: see
-`PUBLISHED`.
+Source: github.com/YuHengsss/VSSD (its licence: see there), commit 87b753b3, classification/models/mamba2.py.
+Weights: see `PUBLISHED`.
 
 New in this family: `NonCausalSSD` as the mixer of the first three stages, with softmax attention in the last and two
 depthwise convolutions per block. The paper's smallest model, VSSD-M ("micro"), is `vssd_micro_d48` here, after the width
