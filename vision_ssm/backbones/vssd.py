@@ -5,8 +5,8 @@ Source: github.com/YuHengsss/VSSD (its licence: see there), commit 87b753b3, cla
 Weights: see `PUBLISHED`.
 
 New in this family: `NonCausalSSD` as the mixer of the first three stages, with softmax attention in the last and two
-depthwise convolutions per block. The paper's smallest model, VSSD-M ("micro"), is `vssd_micro_d48` here, after the width
-of its first stage; `vssd_micro` is, as in every family, the small model for tests.
+depthwise convolutions per block. The paper's smallest model, VSSD-M ("micro"), is `vssd_micro_d48` here, after the
+width of its first stage; `vssd_micro` is, as in every family, the small model for tests.
 """
 
 import re
