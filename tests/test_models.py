@@ -125,7 +125,7 @@ def test_autocast_is_finite_forward_and_backward(name, dtype, scale):
 def test_features_only(name):
     classifier = vision_ssm.create_model(name).eval()
     count = len(classifier.feature_info)
-    model = vision_ssm.create_model(name, features_only=True, out_indices=(0, -2)).eval()
+    model = vision_ssm.create_model(name, features_only=True, out_indices=(0, -2))  # in training, for batch norms
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         maps = model(x)
