@@ -1,5 +1,5 @@
 # vssd_micro_d48, VSSD-M of the paper: reported top-1 82.5 % (arXiv 2407.18559).
-# The original's file for this model asks for drop path 0.1 under a name that its code does not read: it trained with 0.2.
+# The original asks for drop path 0.1 here, under a name that its code does not read: the model was trained with 0.2.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

@@ -142,6 +142,10 @@ class VSSD(Backbone):
         given = {**_OFFICIAL_DEFAULTS, **config}
         if given["patch_size"] != _STRIDE:
             raise ValueError(f"patch_size of an original VSSD is {_STRIDE}, got {given['patch_size']!r}")
+        if given["conv_init"] is not None:
+            raise ValueError(f"conv_init={given['conv_init']!r} never worked in the original, only None did")
+        if given["learnable_init_states"]:
+            raise ValueError("learnable_init_states=True is not supported: no published model learns initial states")
         mixers = []
         for name in given["attn_types"]:
             if name not in _OFFICIAL_MIXERS:
@@ -231,6 +235,8 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     ssd_positve_dA=True,
     bidirection=False,
     d_state=64,
+    conv_init=None,
+    learnable_init_states=False,
     attn_types=["mamba2", "mamba2", "mamba2", "standard"],
     out_indices=(0, 1, 2, 3),
 )
