@@ -51,9 +51,9 @@ class FusedClassifier(nn.Module):
 class HiddenStateHead(nn.Module):
     """Classifier on the hidden states of the stages and the pooled map; a second one where there was a teacher.
 
-    Of EfficientViM (arXiv 2411.15241). Parameters: ``norms`` of the hidden states, the `FusedClassifier` ``label`` and, if
-    `distilled`, ``teacher``. In training the two logits of a distilled head are returned as a pair; in evaluation their
-    average.
+    Head of EfficientViM (arXiv 2411.15241). Parameters: ``norms`` of the hidden states, the `FusedClassifier` ``label``
+    and, if `distilled`, ``teacher``. In training the two logits of a distilled head are returned as a pair; in
+    evaluation their average.
     """
 
     def __init__(self, dim: int, hidden_dims: Sequence[int], num_classes: int, distilled: bool = False):
