@@ -1,7 +1,11 @@
 """Classifiers of more than one linear layer."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+
+from .norm import LayerNorm
 
 
 class DistilledHead(nn.Module):
@@ -19,4 +23,52 @@ class DistilledHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x: (B, dim). Returns (B, num_classes), or a pair of these in training."""
         label, teacher = self.label(x), self.teacher(x)
+        return (label, teacher) if self.training else (label + teacher) / 2
+
+
+class FusedClassifier(nn.Module):
+    """Sum of the logits of several vectors in learned shares ``softmax(weights)``.
+
+    ``map`` classifies the pooled map and ``hidden`` the pooled hidden states; without these there are no ``weights``.
+    """
+
+    def __init__(self, dim: int, hidden_dims: Sequence[int], num_classes: int):
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(len(hidden_dims) + 1)) if hidden_dims else None
+        self.hidden = nn.ModuleList(nn.Linear(width, num_classes) for width in hidden_dims)
+        self.map = nn.Linear(dim, num_classes)
+
+    def forward(self, hidden: Sequence[torch.Tensor], pooled: torch.Tensor) -> torch.Tensor:
+        """hidden: vectors (B, dim) of the stages; pooled: (B, dim). Returns (B, num_classes)."""
+        logits = self.map(pooled)
+        if self.weights is None:
+            return logits
+        shares = self.weights.softmax(0)
+        terms = [classify(vector) for classify, vector in zip(self.hidden, hidden, strict=True)] + [logits]
+        return sum(share * term for share, term in zip(shares, terms))
+
+
+class HiddenStateHead(nn.Module):
+    """Classifier on the hidden states of the stages and the pooled map; a second one where there was a teacher.
+
+    Head of EfficientViM (arXiv 2411.15241). Parameters: ``norms`` of the hidden states, the `FusedClassifier` ``label``
+    and, if `distilled`, ``teacher``. In training the two logits of a distilled head are returned as a pair; in
+    evaluation their average.
+    """
+
+    def __init__(self, dim: int, hidden_dims: Sequence[int], num_classes: int, distilled: bool = False):
+        super().__init__()
+        self.norms = nn.ModuleList(LayerNorm(width, eps=1e-5) for width in hidden_dims)
+        self.label = FusedClassifier(dim, hidden_dims, num_classes)
+        self.teacher = FusedClassifier(dim, hidden_dims, num_classes) if distilled else None
+
+    def forward(
+        self, hidden: Sequence[torch.Tensor], pooled: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """hidden: (B, N, dim) of every stage; pooled: (B, dim). Returns (B, num_classes), or a pair of these."""
+        vectors = [norm(states).mean(1) for norm, states in zip(self.norms, hidden, strict=True)]
+        label = self.label(vectors, pooled)
+        if self.teacher is None:
+            return label
+        teacher = self.teacher(vectors, pooled)
         return (label, teacher) if self.training else (label + teacher) / 2

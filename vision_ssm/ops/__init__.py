@@ -2,9 +2,21 @@
 
 from .backend import Backend, select_backend
 from .depthwise_conv import depthwise_conv
+from .hidden_state_mixer import hidden_state_mixer
 from .layer_norm import layer_norm
+from .noncausal_ssd import noncausal_ssd
 from .scan_2d import scan_2d
 from .selective_scan import selective_scan
 from .ssd import ssd
 
-__all__ = ["Backend", "depthwise_conv", "layer_norm", "scan_2d", "select_backend", "selective_scan", "ssd"]
+__all__ = [
+    "Backend",
+    "depthwise_conv",
+    "hidden_state_mixer",
+    "layer_norm",
+    "noncausal_ssd",
+    "scan_2d",
+    "select_backend",
+    "selective_scan",
+    "ssd",
+]

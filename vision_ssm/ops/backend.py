@@ -13,7 +13,8 @@ import vision_ssm.kernels as kernels
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
-OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm")
+MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer")  # a kernel of ours would not be faster than PyTorch's
+OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", *MATRIX_PRODUCTS)
 
 _warned: set[tuple[str, str]] = set()
 
@@ -43,8 +44,9 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
     """The backend that operator `op` takes for inputs like `tensor`, and why no faster one.
 
     "triton" where a kernel for `op` exists and can run on the tensor's device, else "chunked", which is plain PyTorch
-    and runs anywhere. The environment variable VISION_SSM_BACKEND (triton, chunked, reference) overrides the choice.
-    A tensor on a GPU that has to take the chunked path is reported by one warning per operator and reason.
+    and runs anywhere; for `MATRIX_PRODUCTS` nothing is faster. The environment variable VISION_SSM_BACKEND (triton,
+    chunked, reference) overrides the choice. A tensor on a GPU that has to take the chunked path is reported by one
+    warning per operator and reason.
 
     Args:
         tensor: the first input of the operator; its device and dtype count.
@@ -59,6 +61,8 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
     demanded = demanded_backend()
     if demanded in ("chunked", "reference"):
         return Backend(demanded, f"{ENVIRONMENT_VARIABLE}={demanded} asks for it")
+    if op in MATRIX_PRODUCTS:
+        return Backend("chunked", "")
     obstacle = _triton_obstacle(tensor, op)
     if obstacle is None:
         return Backend("triton", "")

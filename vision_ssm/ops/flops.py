@@ -63,3 +63,25 @@ def scan_2d_shapes(
 def ssd_shapes(x: _Shape, dt: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
     batch, length, heads, width = x
     return ssd_flops(batch, length, heads, width, B[3], skip=D is not None)
+
+
+def noncausal_ssd_flops(batch: int, length: int, heads: int, width: int, states: int, *, skip: bool = True) -> int:
+    """FLOPs of non-causal SSD: writing and reading are a matrix product each."""
+    return batch * length * heads * width * (4 * states + skip)
+
+
+def noncausal_ssd_shapes(x: _Shape, dt: _Shape, A: _Shape, B: _Shape, C: _Shape, D: _Shape | None, *_: Any) -> int:
+    batch, length, heads, width = x
+    return noncausal_ssd_flops(batch, length, heads, width, B[3], skip=D is not None)
+
+
+def hidden_state_mixer_flops(batch: int, length: int, dim: int, states: int, inner: int) -> int:
+    """FLOPs of a hidden state mixer: gathering and reading, and the two projections of the hidden states."""
+    return batch * states * (4 * length * dim + 6 * dim * inner)
+
+
+def hidden_state_mixer_shapes(
+    x: _Shape, dt: _Shape, B: _Shape, C: _Shape, in_weight: _Shape, out_weight: _Shape, *_: Any
+) -> int:
+    batch, length, dim = x
+    return hidden_state_mixer_flops(batch, length, dim, dt[2], out_weight[1])

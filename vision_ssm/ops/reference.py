@@ -5,14 +5,21 @@ operators (float64 in, float64 through; everything else is computed in float32),
 are slow. Every faster path is correct if and only if it gives these outputs and these gradients.
 
 Sources: Gu and Dao, "Mamba" (arXiv 2312.00752) for the selective scan; Liu et al., "VMamba" (arXiv 2401.10166) for the
-scan along several routes of a map; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060) for SSD.
+scan along several routes of a map; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060) for SSD; Shi et al., "VSSD"
+(arXiv 2407.18559) for non-causal SSD; Lee et al., "EfficientViM" (arXiv 2411.15241) for the hidden state mixer.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["selective_scan_reference", "scan_2d_reference", "ssd_reference"]
+__all__ = [
+    "hidden_state_mixer_reference",
+    "noncausal_ssd_reference",
+    "scan_2d_reference",
+    "selective_scan_reference",
+    "ssd_reference",
+]
 
 
 def _work_dtype(tensor: Tensor) -> torch.dtype:
@@ -156,3 +163,64 @@ def ssd_reference(
         y = y * F.silu(z.to(work))
     y = y.to(x.dtype)
     return (y, state) if return_final_states else y
+
+
+def noncausal_ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """One state per head, written by all tokens, then read by all; see :func:`vision_ssm.ops.noncausal_ssd`."""
+    batch, _, heads, width = x.shape
+    work = _work_dtype(x)
+    value, dt, A = x.to(work), dt.to(work), A.to(work)
+    group = torch.arange(heads, device=x.device) % B.shape[2]  # of every head
+    B, C = (matrix.to(work)[:, :, group] for matrix in (B, C))  # (batch, L, heads, N)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(work)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    state = value.new_zeros(batch, heads, B.shape[3], width)
+    for step, v, b in zip(dt.unbind(1), value.unbind(1), B.unbind(1)):
+        state = state - (step * A)[..., None, None] * b[..., None] * v[:, :, None]
+    y = torch.stack([(c[..., None] * state).sum(2) for c in C.unbind(1)], dim=1)
+    if D is not None:
+        D = D.to(work)
+        y = y + (D[:, None] if D.dim() == 1 else D) * value
+    return y
+
+
+def hidden_state_mixer_reference(
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    in_weight: Tensor,
+    out_weight: Tensor,
+    D: Tensor,
+    A: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token by token, then state by state; see :func:`vision_ssm.ops.hidden_state_mixer`."""
+    work = _work_dtype(x)
+    x, dt, B, C, in_weight, out_weight, D = (
+        tensor.to(work) for tensor in (x, dt, B, C, in_weight, out_weight, D)
+    )
+    if A is not None:
+        dt = dt + A.to(work)
+    share = torch.softmax(dt, dim=1)
+    gathered = x.new_zeros(x.shape[0], dt.shape[2], x.shape[2])
+    for v, a, b in zip(x.unbind(1), share.unbind(1), B.unbind(1)):
+        gathered = gathered + (a * b)[..., None] * v[:, None]
+    states = []
+    for state in gathered.unbind(1):
+        value, gate = F.linear(state, in_weight).chunk(2, dim=-1)
+        states.append(F.linear(value * F.silu(gate) + D * value, out_weight))
+    hidden = torch.stack(states, dim=1)
+    y = torch.stack([(c[..., None] * hidden).sum(1) for c in C.unbind(1)], dim=1)
+    return y, hidden
