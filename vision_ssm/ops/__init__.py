@@ -6,5 +6,15 @@ from .layer_norm import layer_norm
 from .scan_2d import scan_2d
 from .selective_scan import selective_scan
 from .ssd import ssd
+from .state_fusion import state_fusion
 
-__all__ = ["Backend", "depthwise_conv", "layer_norm", "scan_2d", "select_backend", "selective_scan", "ssd"]
+__all__ = [
+    "Backend",
+    "depthwise_conv",
+    "layer_norm",
+    "scan_2d",
+    "select_backend",
+    "selective_scan",
+    "ssd",
+    "state_fusion",
+]

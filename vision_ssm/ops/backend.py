@@ -13,7 +13,7 @@ import vision_ssm.kernels as kernels
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
-OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm")
+OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "state_fusion")
 
 _warned: set[tuple[str, str]] = set()
 
