@@ -1,12 +1,12 @@
 """Spatial-Mamba: four-stage backbone that scans a map once and lets neighbouring cells share their states.
 
-Paper: Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion, arXiv 2410.15091 (ICLR 2025).
+Paper: Spatial-Mamba: Effective Visual State Space Models via Structure-Aware State Fusion, arXiv 2410.15091, ICLR 2025.
 Source: github.com/EdwardChasel/Spatial-Mamba (Apache-2.0), commit 71221ebf, classification/models/spatialmamba.py.
 Weights: see `PUBLISHED`.
 
-New in this family: state fusion, here `StateFusionScan`. Dilated depthwise convolutions mix the states of a single raster
-scan with those of their neighbours in two dimensions, in place of scans in further directions. Stem, downsampling and
-block skeleton are those of VSSD.
+New in this family: state fusion, here `StateFusionScan`. Dilated depthwise convolutions mix the states of a single
+raster scan with those of their neighbours in two dimensions, in place of scans in further directions. Stem,
+downsampling and block skeleton are those of VSSD.
 """
 
 import re
@@ -95,7 +95,7 @@ class SpatialMamba(Backbone):
         if given["d_state"] != 1:
             raise ValueError(f"d_state={given['d_state']} never worked in the original: it fuses one state per channel")
         if given["patch_size"] != _STEM_STRIDE:
-            raise ValueError(f"the original's stem has a stride of {_STEM_STRIDE}, got patch_size={given['patch_size']}")
+            raise ValueError(f"the stem's stride is always {_STEM_STRIDE}, got patch_size={given['patch_size']}")
         head = any(key.startswith("head.") for key in keys)
         return dict(
             depths=list(given["depths"]),
