@@ -152,7 +152,7 @@ def _inputs_kernel(
     """Gradients of everything but the states.
 
     `grad_c` is (blocks of channels, cells): every block leaves its part of the sum over channels. `partial` is
-    (taps + 1, programs, DIM): what every program adds to the gradients of the taps and of D.
+    (1 + taps, programs, DIM): what every program adds to the gradients of D and of the taps.
     """
     BLOCKS: tl.constexpr = (DIM + BC - 1) // BC
     program = tl.program_id(0)
@@ -192,9 +192,9 @@ def _inputs_kernel(
         tl.store(grad_c + block.to(tl.int64) * cells + here, tl.sum(of_y * fused, axis=1), mask=owned)
     target = partial + program.to(tl.int64) * DIM + channel
     step = tl.cast(programs, tl.int64) * DIM
+    tl.store(target, tl.sum(grad_skip, axis=0), mask=inside)
     for t in tl.static_range(_TAPS):
-        tl.store(target + t * step, tl.sum(sums[t], axis=0), mask=inside)
-    tl.store(target + _TAPS * step, tl.sum(grad_skip, axis=0), mask=inside)
+        tl.store(target + (t + 1) * step, tl.sum(sums[t], axis=0), mask=inside)
 
 
 @triton.jit
@@ -340,12 +340,12 @@ def backward(grad: Tensor, states: Tensor, kernels: Tensor, C: Tensor, D: Tensor
         grads["states"],
         *plan.arguments(shape),
         C_LINE=c_line,
-        **plan.constants(shape, adjoining=4),
+        **plan.constants(shape, adjoining=2),
     )
-    sums = partial.sum(1)  # (26, D)
-    middle = sums[4:5]
-    taps = torch.cat([sums[:9], sums[9:13], middle, sums[13:17], sums[17:21], middle, sums[21:25]])  # (27, D)
+    of_skip, first, *others = partial.sum(1).split([1, 9, 4, 4, 4, 4])
+    middle = first[4:5]  # of all kernels
+    taps = torch.cat([first, others[0], middle, others[1], others[2], middle, others[3]])  # (27, D)
     grads["kernels"] = taps.view(3, 9, -1).transpose(1, 2).reshape(kernels.shape)
     grads["C"] = of_c.sum(0).view(C.shape)
-    grads["D"] = sums[25]
+    grads["D"] = of_skip.view(D.shape)
     return grads
