@@ -13,6 +13,7 @@ MODULES: dict[str, str] = {
     "ssd": "ssd",
     "layer_norm": "layer_norm",
     "depthwise_conv": "depthwise_conv",
+    "state_fusion": "state_fusion",
 }
 
 

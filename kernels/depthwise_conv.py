@@ -417,7 +417,7 @@ class _Plan(NamedTuple):
         )
 
 
-def _lines(x: Tensor) -> tuple[Tensor, int]:
+def lines(x: Tensor) -> tuple[Tensor, int]:
     """`x` and the distance of its positions in memory; copied unless these are equally spaced and channels adjoin."""
     images, height, width, channels = x.shape
     line = x.stride(2)
@@ -431,7 +431,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, f
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    x, line = _lines(x)
+    x, line = lines(x)
     plan = _Plan.choose(x.shape, weight, halo=weight.shape[2] - 1, sums=21)
     grid = (plan.programs(x.shape) * ceil_div(x.shape[3], plan.channels),)
     launch(
@@ -462,7 +462,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
     grads = {"weight": torch.empty_like(weight)} | ({} if bias is None else {"bias": torch.empty_like(bias)})
     if not x.numel():
         return {name: value.zero_() for name, value in grads.items()} | {"x": torch.empty_like(x)}
-    x, line = _lines(x)
+    x, line = lines(x)
     channels, _, kernel_height, kernel_width = weight.shape
     taps = kernel_height * kernel_width
     fused = taps <= _FUSED_TAPS

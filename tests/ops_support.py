@@ -22,7 +22,7 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {
 }
 # Parameters that models keep in float32 whatever the activations are.
 PARAMETERS = {"A", "D", "delta_bias", "dt_bias", "dt_weight", "initial_states", "norm_weight", "norm_bias"}
-PARAMETERS |= {"weight", "bias"}
+PARAMETERS |= {"weight", "bias", "kernels", "alpha"}
 
 
 def fresh_seed() -> int:

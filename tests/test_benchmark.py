@@ -46,6 +46,7 @@ TINY = {
     "scan_2d_stage1": replace(CASES["scan_2d_stage1"], batch=1, height=3, width=5),
     "selective_scan_3": replace(CASES["selective_scan_3"], batch=1, length=33),
     "ssd_stage1": replace(CASES["ssd_stage1"], batch=1, length=33),
+    "state_fusion_stage1": replace(CASES["state_fusion_stage1"], batch=1, height=3, width=5),
 }
 
 
@@ -121,6 +122,8 @@ def test_shapes_are_those_of_the_models():
     assert CASES["core_stage4"].shape == "B=128 7x7 D=768 K=4 N=1 R=48"
     assert CASES["core_stage1_n16"].shape == "B=64 56x56 D=192 K=4 N=16 R=6"
     assert CASES["selective_scan_3"].shape == "B=16 D=384 L=6085 N=16 z"
+    assert CASES["state_fusion_stage3"].shape == "B=128 14x14 D=512"
+    assert CASES["state_fusion_stage3"].of_image(448).shape == "B=128 28x28 D=512"
     assert CASES["core_stage2"].of_image(448).shape == "B=128 56x56 D=192 K=4 N=1 R=12"
     assert find_cases(["core_stage?", "core_stage1"]) == [f"core_stage{stage}" for stage in (1, 2, 3, 4)]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import scan_2d, selective_scan, ssd
+from ..ops import scan_2d, selective_scan, ssd, state_fusion
 from ..registry import suggest
 from ..scans import build_routes
 from ..scans.multi_direction import MultiDirectionScan
@@ -301,6 +301,57 @@ class SSDCase(OperatorCase):
         return self.batch * self.length * self.heads  # one decay per head and step
 
 
+@dataclass(frozen=True)
+class StateFusionCase(OperatorCase):
+    """Fusion of the states of one stage and their read-out; states are float32, as the scan leaves them."""
+
+    stage: int
+    height: int
+    width: int
+
+    @property
+    def dim(self) -> int:
+        return 128 * 2 ** (self.stage - 1)
+
+    @property
+    def shape(self) -> str:
+        return f"B={self.batch} {self.height}x{self.width} D={self.dim}"
+
+    def small(self) -> OperatorCase:
+        return replace(self, batch=_CHECK_BATCH, height=7, width=9)
+
+    def of_image(self, size: int) -> OperatorCase:
+        side = math.ceil(size / _STRIDES[self.stage - 1])
+        return replace(self, height=side, width=side)
+
+    def values(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        draw = partial(torch.randn, device=device)
+        place = (self.batch, self.height, self.width)
+        return {
+            "states": draw(*place, self.dim),
+            "kernels": draw(3, self.dim, 3, 3),
+            "alpha": draw(3),
+            "C": draw(*place, 1, dtype=dtype),
+            "D": draw(self.dim),
+            "x": draw(*place, self.dim, dtype=dtype),
+        }
+
+    def bind(self, values: dict[str, Tensor]) -> Bound:
+        leaves = _leaves(values)
+        return Bound(lambda: state_fusion(**leaves), leaves)
+
+    def exponentials(self) -> int:
+        return 0
+
+
+def _state_fusion_cases() -> dict[str, OperatorCase]:
+    sides = [(stage, 224 // _STRIDES[stage - 1]) for stage in range(1, 5)]
+    return {
+        f"state_fusion_stage{stage}": StateFusionCase(128, f"Spatial-Mamba-T, stage {stage}", stage, side, side)
+        for stage, side in sides
+    }
+
+
 def _map_cases(kind: type[MapCase], name: str) -> dict[str, OperatorCase]:
     cases: dict[str, OperatorCase] = {}
     for stage in range(1, 5):
@@ -321,6 +372,7 @@ CASES: dict[str, OperatorCase] = {
     "selective_scan_4": SelectiveScanCase(128, "Vim-T at 224 x 224", 384, 197, 16, gate=True),
     "selective_scan_5": SelectiveScanCase(1, "one long sequence", 768, 16384, 16),
     "ssd_stage1": SSDCase(128, "vmamba_tiny_m2, stage 1, four routes as groups", 3136, 24, 16, 4, 64),
+    **_state_fusion_cases(),
 }
 
 

@@ -150,8 +150,7 @@ class PlainBackbone(Backbone):
     ) -> torch.Tensor:
         """Map of the block that left `x` and `branch`, (B, H, W, dim)."""
         if branch is not None:
-            values, drop_path = branch
-            x = values if self.feature_source == "mixer" else x + drop_path(values)
+            x = branch[0]
         if layout is not None:
             x = layout.split(x)[0].unflatten(1, size)  # (B, L, dim) -> (B, H, W, dim)
         return x
@@ -165,6 +164,10 @@ class PlainBackbone(Backbone):
         for i in range(max(wanted) + 1 if wanted else len(self.stages)):
             x, branch = self.run_block(i, x, branch, layout)
             if i in wanted:
+                if branch is not None and self.feature_source == "stream":
+                    # now, so that the map is what the next block sees: drop path draws once
+                    values, drop_path = branch
+                    x, branch = x + drop_path(values), None
                 maps[i] = self._block_map(x, branch, layout, size)
         return maps, (x, branch, layout)
 
@@ -180,7 +183,9 @@ class PlainBackbone(Backbone):
         found, _ = self._walk(x, indices)
         maps = [self.map_norm(i)(found[i]) for i in indices]
         if self.pyramid is not None:
-            maps = self.pyramid(maps)
+            sizes = [[-(-side // info["reduction"]) for side in x.shape[2:]] for info in self.out_info]
+            # without the cells that only padding of the image fills
+            maps = [m[:, :height, :width] for m, (height, width) in zip(self.pyramid(maps), sizes)]
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')
 
     def map_norm(self, index: int) -> nn.Module:

@@ -8,6 +8,7 @@ from .noncausal_ssd import noncausal_ssd
 from .scan_2d import scan_2d
 from .selective_scan import selective_scan
 from .ssd import ssd
+from .state_fusion import state_fusion
 
 __all__ = [
     "Backend",
@@ -19,4 +20,5 @@ __all__ = [
     "select_backend",
     "selective_scan",
     "ssd",
+    "state_fusion",
 ]
