@@ -179,7 +179,7 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
         with torch.device("meta"):
             other = type(model)(**{**settings, "num_classes": _num_classes(model, ours)})
         shapes = {key: tuple(value.shape) for key, value in other.state_dict().items()}
-        if shapes == {key: tuple(value.shape) for key, value in ours.items()}:
+        if shapes == {key: tuple(value.shape) for key, value in other.own_keys(dict(tensors)).items()}:
             return f"the file fits {name}, not {model.variant or 'this model'}"
     return (
         "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
@@ -267,6 +267,8 @@ def _rule_for_extra(model: Backbone, key: str) -> str | None:
     if key.startswith(model.classifier_parts) and isinstance(model.head, nn.Identity):
         if model.features_only or key.startswith("head."):
             return "classifier of a model without one"
+    if key.startswith("cls_token.") and "cls_token.tokens" not in model.state_dict():
+        return "class tokens of a model without them"
     stage = re.match(r"stages\.(\d+)\.", key)
     if model.features_only and stage and int(stage[1]) >= len(model.stages):
         return "stage behind the last one asked for"
