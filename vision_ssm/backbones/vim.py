@@ -214,7 +214,7 @@ class Vim(PlainBackbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = cls._official_config(config)
+        given = cls.check_config(config, OFFICIAL_DEFAULTS)
         both = "layers.0.mixer.A_b_log" in keys
         kind = "v1" if given["if_bimamba"] else given["bimamba_type"]
         if kind not in _DIRECTIONS:
@@ -223,29 +223,29 @@ class Vim(PlainBackbone):
             raise ValueError(f"bimamba_type {kind!r} of an original Vim does not fit its weights, A_b_log says")
         average = dict(average=given["if_divide_out"]) if kind == "v2" else dict(average=False)
         return dict(
-            cls._shared_options(given, keys),
+            cls.shared_options(given, keys),
             pairs=given["if_bidirectional"],
             scan=dict(
                 cls.own_scan,
                 directions=_DIRECTIONS[kind],
                 **average,
                 layer_scale=given["init_layer_scale"],
-                **_scan_sizes(given),
+                **scan_sizes(given),
             ),
-            **cls._dense_options(given, keys),
+            **cls.dense_options(given, keys),
         )
 
     @classmethod
-    def _official_config(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The original's hyperparameters with its defaults."""
-        unknown = sorted(set(config) - set(OFFICIAL_DEFAULTS) - _WITHOUT_EFFECT)
+    def check_config(cls, config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        """The original's hyperparameters, with its defaults."""
+        unknown = sorted(set(config) - set(defaults) - _WITHOUT_EFFECT)
         if unknown:
-            hints = "".join(suggest(key, OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original Vim: {', '.join(unknown)}.{hints}")
-        return {**OFFICIAL_DEFAULTS, **config}
+            hints = "".join(suggest(key, defaults, 1) for key in unknown)
+            raise ValueError(f"unknown hyperparameters of an original {cls.__name__}: {', '.join(unknown)}.{hints}")
+        return {**defaults, **config}
 
     @classmethod
-    def _shared_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    def shared_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         """Options that Vim and its descendants read alike from an original's hyperparameters."""
         class_tokens = "none"
         if given["if_cls_token"]:
@@ -278,7 +278,7 @@ class Vim(PlainBackbone):
         )
 
     @classmethod
-    def _dense_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    def dense_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         """Options of the backbones for segmentation (several maps) and detection (one, of the last block)."""
         pyramid = any(key.startswith("fpn1.") for key in keys)
         indices, end = given["out_indices"], given["last_layer_process"]
@@ -348,7 +348,7 @@ def _stack_directions(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Te
     return converted
 
 
-def _scan_sizes(given: dict[str, Any]) -> dict[str, Any]:
+def scan_sizes(given: dict[str, Any]) -> dict[str, Any]:
     """Sizes of the mixers in an original's hyperparameters."""
     return dict(state_dim=given["d_state"], conv_width=given["d_conv"], expand=given["expand"])
 

@@ -22,6 +22,14 @@ def selective_scan_flops(
     return batch * length * dim * (9 * states + skip + gate)
 
 
+def local_selective_scan_flops(
+    batch: int, length: int, dim: int, states: int, window: int, *, skip: bool = True, gate: bool = False
+) -> int:
+    """FLOPs of a scan that looks ahead in windows: a selective scan, and a second one of whole windows."""
+    ahead = 0 if window == 1 else selective_scan_flops(batch, length + -length % window, dim, states, skip=False)
+    return selective_scan_flops(batch, length, dim, states, skip=skip, gate=gate) + ahead
+
+
 def scan_2d_flops(
     batch: int, steps: int, routes: int, dim: int, states: int, *, rank: int = 0, skip: bool = True
 ) -> int:
