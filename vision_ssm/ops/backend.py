@@ -13,7 +13,8 @@ import vision_ssm.kernels as kernels
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
-OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm")
+OPERATORS = ("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "local_selective_scan")
+COMPOSED = {"local_selective_scan": "scan_2d"}  # operators that call another one, and have its implementations
 
 _warned: set[tuple[str, str]] = set()
 
@@ -56,6 +57,7 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
     """
     if op not in OPERATORS:
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(OPERATORS)}")
+    op = COMPOSED.get(op, op)
     demanded = demanded_backend()
     if demanded in ("chunked", "reference"):
         return Backend(demanded, f"{ENVIRONMENT_VARIABLE}={demanded} asks for it")

@@ -1,25 +1,33 @@
-"""The locally bi-directional scan of LBMamba (arXiv 2506.15976): a selective scan that looks ahead inside windows.
+"""The locally bi-directional scan of LBMamba (arXiv 2506.15976): a selective scan that looks ahead inside windows."""
 
-With ``a = exp(d * A)`` and ``b = d * B * u`` the selective scan runs ``h[t] = a[t] * h[t-1] + b[t]``. Inside every
-window of M steps a second recurrence runs the other way, ``g[t] = a[t] * g[t+1] + b[t]``, from 0 behind the window, and
-the output reads ``h[t] + g[t] - b[t]``, so that a step's own input counts once. The second recurrence is a scan of its
-own along the windows, each walked from its end: two calls of `scan_2d` and a pointwise term, on every device.
-"""
+from typing import Any
 
-import functools
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import composed_local_scan, flops
 from .backend import demanded_backend
 from .checks import check_dimensions, check_shape, check_tensors
 from .chunked import work_dtype
 from .reference import local_selective_scan_reference
-from .scan_2d import scan_2d
+from .registration import register_operator
 
 _OP = "local_selective_scan"
-_CACHED_SIZES = 64
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=work_dtype(x))
+
+
+_scan = register_operator(
+    _OP,
+    "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, "
+    "bool delta_softplus, int window, bool reverse",
+    ("y",),
+    composed_local_scan,
+    _fake,
+    flops.local_selective_scan_shapes,
+)
 
 
 def default_window(length: int) -> int:
@@ -27,35 +35,6 @@ def default_window(length: int) -> int:
     if length <= 128:
         return 4
     return 8 if length <= 256 else 16
-
-
-def _make_tables(length: int, window: int, reverse: bool, routes: int, device: str) -> tuple[Tensor, Tensor]:
-    """Positions in order, (K, L), and window by window, each from its end, (K, T); behind the last step is cell L."""
-    order = torch.arange(length, device=device)
-    order = order.flip(0) if reverse else order
-    empty = torch.full((-length % window,), length, device=device)
-    ahead = torch.cat([order, empty]).view(-1, window).flip(1).flatten()
-    return order.expand(routes, -1).contiguous(), ahead.expand(routes, -1).contiguous()
-
-
-@functools.lru_cache(_CACHED_SIZES)
-def _remembered_tables(*key: object) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # or a later training step could not save them for backward
-        return _make_tables(*key)
-
-
-@torch._dynamo.assume_constant_result
-def _constant_tables(*key: object) -> tuple[Tensor, Tensor]:
-    return _remembered_tables(*key)
-
-
-def _tables(length: int, window: int, reverse: bool, routes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling():
-        return _remembered_tables(length, window, reverse, routes, str(device))
-    if torch.compiler.is_exporting():  # an exported graph must own its tables: sizes may be symbolic
-        return _make_tables(length, window, reverse, routes, str(device))
-    # `range` makes a number of a symbolic size: the tables, and what is planned for them, are found again
-    return _constant_tables(len(range(length)), window, reverse, routes, str(device))
 
 
 def local_scan(
@@ -84,46 +63,28 @@ def local_scan(
         (B, L, K, D), float32 (float64 for float64 `x`).
 
     Raises:
-        ValueError: `window` is not a positive whole number; and what `scan_2d` raises.
+        TypeError: a tensor is complex or not floating-point.
+        ValueError: a shape or device does not fit, or `window` is not a positive whole number.
     """
+    parameters = dict(D=D, dt_weight=dt_weight, dt_bias=dt_bias)
+    check_tensors(_OP, dict(x=x, delta=delta, A=A, B=B, C=C), parameters)
     check_dimensions(_OP, "x", x, "(B, L, K, D)")
-    length, routes = x.shape[1:3]
+    check_dimensions(_OP, "delta", delta, "(B, L, K, R)")
+    check_dimensions(_OP, "A", A, "(K, D, N)")
+    batch, length, groups, dim = x.shape
+    states, rank = A.shape[2], delta.shape[3]
+    check_shape(_OP, "A", A, (groups, dim, states), "(K, D, N)")
+    for name, matrix in (("B", B), ("C", C)):
+        check_shape(_OP, name, matrix, (batch, length, groups, states), "(B, L, K, N)")
+    check_shape(_OP, "D", D, (groups, dim), "(K, D)")
+    check_shape(_OP, "dt_bias", dt_bias, (groups, dim), "(K, D)")
+    check_shape(_OP, "dt_weight", dt_weight, (groups, dim, rank), "(K, D, R)")
+    expected = dim if dt_weight is None else rank
+    check_shape(_OP, "delta", delta, (batch, length, groups, expected), "(B, L, K, D), or R of dt_weight for D,")
     window = default_window(length) if window is None else window
     if not isinstance(window, int) or window < 1:
         raise ValueError(f"{_OP}: window must be a positive whole number, got {window!r}")
-    order, ahead = _tables(length, window, reverse, routes, x.device)
-    options = dict(dt_weight=dt_weight, dt_bias=dt_bias, delta_softplus=delta_softplus, merge=False)
-    y = scan_2d(x, delta, A, B, C, D, read=order, **options)
-    if window == 1:
-        return y
-    inputs = (x, delta, B, C)
-    if length % window:  # the cell behind the last step: nothing enters the state there
-        inputs = tuple(F.pad(value, (0, 0, 0, 0, 0, 1)) for value in inputs)
-    padded, low_rank, b, c = inputs
-    looked_ahead = scan_2d(padded, low_rank, A, b, c, read=ahead, segment=window, **options)[:, :length]
-    return y + looked_ahead - _own_terms(x, delta, B, C, dt_weight, dt_bias, delta_softplus)
-
-
-def _own_terms(
-    x: Tensor,
-    delta: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    """``<C, d * B * x>`` of every step, (B, L, K, D): what both recurrences count."""
-    work = work_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        x, step, B, C = (value.to(work) for value in (x, delta, B, C))
-        if dt_weight is not None:
-            step = torch.einsum("blkr,kdr->blkd", step, dt_weight.to(work))
-        if dt_bias is not None:
-            step = step + dt_bias.to(work)
-        if delta_softplus:
-            step = F.softplus(step)
-        return (B * C).sum(-1, keepdim=True) * step * x
+    return _scan(x, delta, A, B, C, D, dt_weight, dt_bias, delta_softplus, window, reverse)
 
 
 def local_selective_scan(
