@@ -213,10 +213,10 @@ def load_state_dict(
     Raises:
         CheckpointError: another family's or variant's weights, or, if strict, any key left over.
     """
-    if not model.recognises(set(tensors)):
+    wanted = model.state_dict()
+    if set(tensors) != set(wanted) and not model.recognises(set(tensors)):
         raise CheckpointError(f"{source} cannot be loaded: {_explain_misfit(model, tensors)}")
     given = model.own_keys(dict(tensors))
-    wanted = model.state_dict()
     report = LoadReport(source)
     accepted: dict[str, torch.Tensor] = {}
     for key, value in given.items():

@@ -43,16 +43,14 @@ class LBVim(Vim):
         if attention_heads:
             self.classifier_key = "head.fc.weight"
         super().__init__(**common)
+        if out_dim is not None:
+            for key in self.out_norms:
+                self.out_norms[key] = nn.Sequential(nn.Linear(self.num_features, out_dim), get_norm("layer", out_dim))
 
-    def block_options(self, index: int, spec: dict[str, Any], pairs: bool) -> dict[str, Any]:
+    def block_options(self, index: int, pairs: bool) -> dict[str, Any]:
         if pairs:
             raise ValueError("blocks of one direction side by side are Vim's; LBVim alternates from block to block")
         return dict(reverse=index % 2 == 1) if self.alternate else {}
-
-    def build_out_norm(self, dim: int) -> nn.Module:
-        if self.out_dim is None:
-            return super().build_out_norm(dim)
-        return nn.Sequential(nn.Linear(dim, self.out_dim), get_norm("layer", self.out_dim))
 
     @property
     def out_info(self) -> list[dict[str, Any]]:
@@ -71,10 +69,22 @@ class LBVim(Vim):
             return super().pool(features)
         return self.head.pool(features.flatten(2).mT if features.dim() == 4 else features)  # of (B, T, C)
 
+    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `Vim.own_keys`; output norms that are numbered from 0 on get the numbers of their blocks."""
+        converted = super().own_keys(state_dict)
+        numbers = {int(key.split(".")[1]) for key in converted if key.startswith("out_norms.")}
+        if numbers != set(range(len(self.out_indices))):
+            return converted
+
+        def number_of_block(match: re.Match) -> str:
+            return f"out_norms.{self.out_indices[int(match[1])]}."
+
+        return {re.sub(r"^out_norms\.(\d+)\.", number_of_block, key): value for key, value in converted.items()}
+
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
-        ours = any(re.match(r"stages\.0\.(mixer|norm1)\.", key) for key in keys)
-        return ours or ("layers.0.mixer.x_proj.weight" in keys and "layers.0.mixer.A_b_log" not in keys)
+        ours = {key.removeprefix("stages.0.mixer.") for key in keys if key.startswith("stages.0.mixer.")}
+        return ours == _MIXER_KEYS or ("layers.0.mixer.x_proj.weight" in keys and "layers.0.mixer.A_b_log" not in keys)
 
     @classmethod
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -114,6 +124,9 @@ class LBVim(Vim):
         return dict(options, attention_heads=given["head_n_heads"] if head else 0)
 
 
+_MIXER_KEYS = {"in_proj.weight", "conv.weight", "conv.bias", "out_proj.weight"} | {
+    f"core.{name}" for name in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+}
 _ATTENTION_HEAD = "att_qkv_onlyatt_pnorm_nomapq"
 _WINDOW_RULE = {"L<=128": 4, "L<=256": 8, "else": 16}
 _OUT_DIMS = {300: 192, 528: 384}

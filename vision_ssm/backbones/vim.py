@@ -65,14 +65,13 @@ class Vim(PlainBackbone):
             False leaves the mixers out.
         patch_size: side of a patch.
         stride: of the patches; smaller than `patch_size` where they overlap. None: `patch_size`.
-        norm: ``"rms"`` or ``"layer"``, in front of the blocks and behind the last. Output norms are layer norms.
+        norm: ``"rms"`` or ``"layer"``, in front of the blocks and behind the last; output norms are layer norms.
         norm_eps: epsilon of these norms.
         pairs: blocks of one direction, two and two side by side, the second walking backwards (see `PairBlock`).
         pos_embed: add a learned position table.
         rotary: ``"branch"`` turns what enters a block, the output of the one before it, by rotary positions;
             ``"stream"`` the residual stream as well, again and again from block to block; ``"none"`` neither.
             Class tokens are not turned.
-        rotary_span: see `RotaryTable`.
         img_size: image size that sizes the tables.
         remainder: see `PatchStem`.
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
@@ -99,7 +98,6 @@ class Vim(PlainBackbone):
         pairs: bool = False,
         pos_embed: bool = True,
         rotary: str = "none",
-        rotary_span: float = 14.0,
         img_size: int | tuple[int, int] = 224,
         remainder: str = "pad",
         drop_path_rate: float = 0.0,
@@ -119,7 +117,7 @@ class Vim(PlainBackbone):
         own = spec is not False and spec["type"] in self.own_scan_names
         blocks: list[nn.Module] = []
         for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
-            options = {**spec, **self.block_options(i, spec, pairs)} if own else spec
+            options = {**spec, **self.block_options(i, pairs)} if own else spec
             blocks.append(ScanBlock(dim, options, norm=norm, norm_eps=norm_eps, mlp_ratio=0.0, drop_path=rate))
         for block in blocks:
             if isinstance(getattr(block.mixer, "out_proj", None), nn.Linear):
@@ -128,25 +126,23 @@ class Vim(PlainBackbone):
         if pairs:
             blocks = [PairBlock(*pair) for pair in zip(blocks[::2], blocks[1::2])]
         grid = self.stem.grid_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
-        self.rotary = None if rotary == "none" else RotaryTable(dim, *grid, span=rotary_span)
+        self.rotary = None if rotary == "none" else RotaryTable(dim, *grid)
         self.turns_stream = rotary == "stream"
-        self.finish_plain(blocks, dim, self.stem.stride, grid if pos_embed else None, norm, norm_eps)
-        self.out_norms.update({key: self.build_out_norm(dim) for key in self.out_norms})
+        end_norm = "layer" if self.features_only else norm  # output norms are layer norms, whatever the blocks have
+        self.finish_plain(blocks, dim, self.stem.stride, grid if pos_embed else None, end_norm, norm_eps)
         if final_norm == "keep":
             self.norm = get_norm(norm, dim, norm_eps).requires_grad_(False)
         elif final_norm == "apply":
+            if self.out_indices[-1] != len(blocks) - 1:
+                raise ValueError(f"final_norm='apply' needs the map of the last block, got out_indices={self.out_indices}")
             self.out_norms[str(len(blocks) - 1)] = get_norm(norm, dim, norm_eps)
         self.final_norm = final_norm
         lecun_normal_(self.stem.conv.weight)
         nn.init.zeros_(self.stem.conv.bias)
 
-    def block_options(self, index: int, spec: dict[str, Any], pairs: bool) -> dict[str, Any]:
+    def block_options(self, index: int, pairs: bool) -> dict[str, Any]:
         """Options of this family's own strategy in block number `index`."""
         return dict(directions=("forward", "backward")[index % 2], average=False) if pairs else {}
-
-    def build_out_norm(self, dim: int) -> nn.Module:
-        """What a `features_only` model does to the map of a block."""
-        return get_norm("layer", dim)
 
     def build_head(self, num_classes: int) -> nn.Module:
         head = nn.Linear(self.num_features, num_classes)
@@ -193,8 +189,13 @@ class Vim(PlainBackbone):
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
-        ours = any(re.match(r"stages\.0\.(first\.)?(mixer|norm1)\.", key) for key in keys)
-        return ours or "layers.0.mixer.A_b_log" in keys
+        return not keys.isdisjoint(
+            {
+                "layers.0.mixer.A_b_log",
+                "stages.0.mixer.convs.0.weight",
+                "stages.0.first.mixer.convs.0.weight",
+            }
+        )
 
     @classmethod
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -254,6 +255,8 @@ class Vim(PlainBackbone):
         rotary = given["if_rope"]
         if rotary and class_tokens not in ("none", "first"):
             raise ValueError(f"rotary positions of an original Vim leave out the first token, not a {class_tokens} one")
+        if rotary and given["pt_hw_seq_len"] != 14:
+            raise ValueError(f"rotary positions span 14 patches, got pt_hw_seq_len={given['pt_hw_seq_len']}")
         head = any(key.startswith("head.") for key in keys)
         if head and class_tokens == "none" and given["final_pool_type"] != "mean":
             raise ValueError(
@@ -268,7 +271,6 @@ class Vim(PlainBackbone):
             norm_eps=given["norm_epsilon"],
             pos_embed=given["if_abs_pos_embed"],
             rotary=("stream" if given["if_rope_residual"] else "branch") if rotary else "none",
-            rotary_span=given["pt_hw_seq_len"],
             img_size=given["img_size"] if isinstance(given["img_size"], int) else tuple(given["img_size"]),
             remainder="drop",
             drop_path_rate=given["drop_path_rate"],
