@@ -134,7 +134,7 @@ class Vim(PlainBackbone):
             self.norm = get_norm(norm, dim, norm_eps).requires_grad_(False)
         elif final_norm == "apply":
             if self.out_indices[-1] != len(blocks) - 1:
-                raise ValueError(f"final_norm='apply' needs the map of the last block, got out_indices={self.out_indices}")
+                raise ValueError(f"final_norm='apply' needs the last block's map, got out_indices={self.out_indices}")
             self.out_norms[str(len(blocks) - 1)] = get_norm(norm, dim, norm_eps)
         self.final_norm = final_norm
         lecun_normal_(self.stem.conv.weight)
