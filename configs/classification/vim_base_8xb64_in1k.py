@@ -1,5 +1,5 @@
-# vim_base: reported top-1 81.9 %, weights not averaged (arXiv 2401.09417).
-# Its recipe is not published with the code: this is that of vim_small, without drop path.
+# vim_base: reported top-1 81.9 %, weights not averaged (arXiv 2401.09417). All matrices are decayed, as there.
+# The recipe is that of vim_small without drop path; this size has none of its own here.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",
@@ -8,8 +8,8 @@ _base_ = [
 ]
 model = dict(backbone=dict(name="vim_base"))
 train_dataloader = dict(
-    batch_size=64, sampler=dict(type="vision_ssm.RepeatedAugmentSampler"),
+    batch_size=64,
+    sampler=dict(type="vision_ssm.RepeatedAugmentSampler"),
     dataset=dict(transform=dict(color_jitter=0.3)),
 )
-# The original decays all matrices.
 optim_wrapper = dict(paramwise_cfg=dict(decay=["*.A_log"]))

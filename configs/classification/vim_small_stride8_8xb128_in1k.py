@@ -1,4 +1,4 @@
-# vim_small_stride8: reported top-1 81.6 %, weights not averaged (arXiv 2401.09417).
+# vim_small_stride8: reported top-1 81.6 %, weights not averaged (arXiv 2401.09417). All matrices are decayed, as there.
 # Fine-tunes vim_small, whose table of positions is resampled: --cfg-options model.pretrained=FILE.
 _base_ = [
     "../_base_/default_runtime.py",
@@ -8,8 +8,8 @@ _base_ = [
 ]
 model = dict(backbone=dict(name="vim_small_stride8"))
 train_dataloader = dict(
-    batch_size=128, sampler=dict(type="vision_ssm.RepeatedAugmentSampler"),
+    batch_size=128,
+    sampler=dict(type="vision_ssm.RepeatedAugmentSampler"),
     dataset=dict(transform=dict(color_jitter=0.3)),
 )
-# The original decays all matrices.
 optim_wrapper = dict(paramwise_cfg=dict(decay=["*.A_log"]))
