@@ -116,5 +116,6 @@ def import_official(family: str, config: dict[str, Any], state_dict: dict[str, t
     keys = set(state_dict)
     cls = next((cls for cls in known[family] if cls.recognises(keys)), known[family][0])
     model = cls(**cls.from_official_config(dict(config), keys))
-    load_state_dict(model, state_dict, source=f"the given {family} state dict")
+    # converted first, because two families may share a form that only the hyperparameters tell apart
+    load_state_dict(model, model.own_keys(dict(state_dict)), source=f"the given {family} state dict")
     return model.eval()

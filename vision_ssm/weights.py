@@ -179,7 +179,7 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
         with torch.device("meta"):
             other = type(model)(**{**settings, "num_classes": _num_classes(model, ours)})
         shapes = {key: tuple(value.shape) for key, value in other.state_dict().items()}
-        if shapes == {key: tuple(value.shape) for key, value in ours.items()}:
+        if shapes == {key: tuple(value.shape) for key, value in other.own_keys(dict(tensors)).items()}:
             return f"the file fits {name}, not {model.variant or 'this model'}"
     return (
         "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
@@ -213,10 +213,10 @@ def load_state_dict(
     Raises:
         CheckpointError: another family's or variant's weights, or, if strict, any key left over.
     """
-    if not model.recognises(set(tensors)):
+    wanted = model.state_dict()
+    if set(tensors) != set(wanted) and not model.recognises(set(tensors)):
         raise CheckpointError(f"{source} cannot be loaded: {_explain_misfit(model, tensors)}")
     given = model.own_keys(dict(tensors))
-    wanted = model.state_dict()
     report = LoadReport(source)
     accepted: dict[str, torch.Tensor] = {}
     for key, value in given.items():
@@ -267,6 +267,8 @@ def _rule_for_extra(model: Backbone, key: str) -> str | None:
     if key.startswith(model.classifier_parts) and isinstance(model.head, nn.Identity):
         if model.features_only or key.startswith("head."):
             return "classifier of a model without one"
+    if key.startswith("cls_token.") and "cls_token.tokens" not in model.state_dict():
+        return "class tokens of a model without them"
     stage = re.match(r"stages\.(\d+)\.", key)
     if model.features_only and stage and int(stage[1]) >= len(model.stages):
         return "stage behind the last one asked for"

@@ -1,5 +1,6 @@
 """Base of plain backbones: one patch stem, then blocks that all work on maps of the same size."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,6 +108,31 @@ class PlainBackbone(Backbone):
                     f"a pyramid is made of the maps of 1 or {len(SCALES)} blocks, got out_indices={self.out_indices}"
                 )
             self.pyramid = SimplePyramid(dim)
+
+    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`official_keys`; rows of positions, ``pos_embed.rows`` (1, T, dim), become a table and class positions.
+
+        The rows are those of this model's grid if there are as many, else of a square grid, which can be resampled.
+        """
+        converted = self.official_keys(state_dict)
+        rows = converted.pop("pos_embed.rows", None)
+        if rows is None:
+            return converted
+        kind = self.class_tokens
+        count = converted["cls_token.tokens"].shape[1] if "cls_token.tokens" in converted else 0
+        if count != len(TokenLayout(1, 1, kind).positions):  # a model without the class tokens of the file
+            kind = {0: "none", 1: self.variants.get(self.variant, {}).get("class_tokens", "first"), 2: "double"}[count]
+        cells = rows.shape[1] - count
+        height, width = (cells, 1) if self.pos_embed is None else self.pos_embed.table.shape[2:]
+        if height * width != cells:
+            height = width = math.isqrt(cells)
+        if height * width != cells:
+            raise ValueError(f"pos_embed has {cells} rows for patches: neither this model's grid nor a square one")
+        patches, of_tokens = TokenLayout(height, width, kind).split(rows)
+        converted["pos_embed.table"] = patches.mT.unflatten(2, (height, width))  # (1, L, dim) -> (1, dim, H, W)
+        if count:
+            converted["cls_token.positions"] = of_tokens
+        return converted
 
     def default_out_indices(self) -> list[int]:
         count = len(self.feature_info)

@@ -5,7 +5,7 @@ from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
 from .conv_ffn import ConvMlp
 from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from .gate import ChannelGate
-from .head import DistilledHead, HiddenStateHead
+from .head import AttentionHead, DistilledHead, HiddenStateHead
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
 from .position import PositionTable, resample_position_table
@@ -15,6 +15,7 @@ from .stem import ConvStem, DeepConvStem, PatchStem, ResidualConvStem
 from .watched import is_plain
 
 __all__ = [
+    "AttentionHead",
     "CausalConv1d",
     "ChannelGate",
     "ChannelLastBatchNorm",

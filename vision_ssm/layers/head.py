@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import torch
+from timm.layers import trunc_normal_
 from torch import nn
+from torch.nn import functional as F
 
 from .norm import LayerNorm
 
@@ -72,3 +74,42 @@ class HiddenStateHead(nn.Module):
             return label
         teacher = self.teacher(vectors, pooled)
         return (label, teacher) if self.training else (label + teacher) / 2
+
+
+class AttentionHead(nn.Module):
+    """A linear classifier behind attention of one learned query over all tokens.
+
+    The query, ``latent``, and the attended values are not projected; keys and values are (``kv``), and the result is
+    normalised (``norm``). The classifier is ``fc``.
+
+    Args:
+        dim: width of the tokens.
+        num_classes: outputs.
+        num_heads: heads of the attention; must divide `dim`.
+    """
+
+    def __init__(self, dim: int, num_classes: int, num_heads: int):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"the number of heads must divide the width: {num_heads} heads for {dim} channels")
+        self.num_heads = num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        std = dim**-0.5
+        trunc_normal_(self.latent, std=std, a=-2 * std, b=2 * std)
+        self.kv = nn.Linear(dim, 2 * dim)
+        nn.init.zeros_(self.kv.bias)
+        self.norm = LayerNorm(dim, eps=1e-5)
+        self.fc = nn.Linear(dim, num_classes)
+        trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens: (B, T, dim). Returns the vector that the classifier sees, (B, dim)."""
+        keys, values = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, T, P)
+        query = self.latent.to(keys.dtype).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (1, heads, 1, P)
+        attended = F.scaled_dot_product_attention(query.expand(len(tokens), -1, -1, -1), keys, values)
+        return self.norm(attended.flatten(1))  # (B, heads, 1, P) -> (B, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, dim) of `pool`. Returns (B, num_classes)."""
+        return self.fc(x)

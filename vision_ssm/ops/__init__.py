@@ -4,6 +4,7 @@ from .backend import Backend, select_backend
 from .depthwise_conv import depthwise_conv
 from .hidden_state_mixer import hidden_state_mixer
 from .layer_norm import layer_norm
+from .local_selective_scan import local_selective_scan
 from .noncausal_ssd import noncausal_ssd
 from .scan_2d import scan_2d
 from .selective_scan import selective_scan
@@ -15,6 +16,7 @@ __all__ = [
     "depthwise_conv",
     "hidden_state_mixer",
     "layer_norm",
+    "local_selective_scan",
     "noncausal_ssd",
     "scan_2d",
     "select_backend",

@@ -15,9 +15,10 @@ ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
 MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer")  # a kernel of ours would not be faster than PyTorch's
 OPERATORS = (
-    *("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "state_fusion"),
+    *("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "state_fusion", "local_selective_scan"),
     *MATRIX_PRODUCTS,
 )
+COMPOSED = {"local_selective_scan": "scan_2d"}  # operators that call another one, and have its implementations
 
 _warned: set[tuple[str, str]] = set()
 
@@ -61,6 +62,7 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
     """
     if op not in OPERATORS:
         raise ValueError(f"unknown operator {op!r}; known: {', '.join(OPERATORS)}")
+    op = COMPOSED.get(op, op)
     demanded = demanded_backend()
     if demanded in ("chunked", "reference"):
         return Backend(demanded, f"{ENVIRONMENT_VARIABLE}={demanded} asks for it")

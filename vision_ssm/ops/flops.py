@@ -22,6 +22,17 @@ def selective_scan_flops(
     return batch * length * dim * (9 * states + skip + gate)
 
 
+def local_selective_scan_flops(
+    batch: int, length: int, dim: int, states: int, window: int, *, rank: int = 0, skip: bool = True
+) -> int:
+    """FLOPs of a scan that looks ahead in windows: a selective scan of all steps, and a second one if there are any.
+
+    The step sizes, of rank `rank`, are counted once.
+    """
+    ahead = 0 if window == 1 else selective_scan_flops(batch, length, dim, states, skip=False)
+    return selective_scan_flops(batch, length, dim, states, skip=skip) + ahead + 2 * batch * length * dim * rank
+
+
 def scan_2d_flops(
     batch: int, steps: int, routes: int, dim: int, states: int, *, rank: int = 0, skip: bool = True
 ) -> int:
@@ -42,6 +53,24 @@ def selective_scan_shapes(
 ) -> int:
     batch, dim, length = u
     return selective_scan_flops(batch, length, dim, A[1], skip=D is not None, gate=z is not None)
+
+
+def local_selective_scan_shapes(
+    x: _Shape,
+    delta: _Shape,
+    A: _Shape,
+    B: _Shape,
+    C: _Shape,
+    D: _Shape | None,
+    dt_weight: _Shape | None,
+    dt_bias: _Shape | None,
+    delta_softplus: bool,
+    window: int,
+    *_: Any,
+) -> int:
+    batch, length, groups, dim = x
+    rank = 0 if dt_weight is None else dt_weight[2]
+    return local_selective_scan_flops(batch, length, groups * dim, A[2], window, rank=rank, skip=D is not None)
 
 
 def scan_2d_shapes(

@@ -5,8 +5,9 @@ operators (float64 in, float64 through; everything else is computed in float32),
 are slow. Every faster path is correct if and only if it gives these outputs and these gradients.
 
 Sources: Gu and Dao, "Mamba" (arXiv 2312.00752) for the selective scan; Liu et al., "VMamba" (arXiv 2401.10166) for the
-scan along several routes of a map; Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060) for SSD; Shi et al., "VSSD"
-(arXiv 2407.18559) for non-causal SSD; Lee et al., "EfficientViM" (arXiv 2411.15241) for the hidden state mixer.
+scan along several routes of a map; "LBMamba" (arXiv 2506.15976) for the one that looks ahead in windows; Dao and Gu,
+"Transformers are SSMs" (arXiv 2405.21060) for SSD; Shi et al., "VSSD" (arXiv 2407.18559) for non-causal SSD; Lee et
+al., "EfficientViM" (arXiv 2411.15241) for the hidden state mixer.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "hidden_state_mixer_reference",
+    "local_selective_scan_reference",
     "noncausal_ssd_reference",
     "scan_2d_reference",
     "selective_scan_reference",
@@ -68,6 +70,38 @@ def selective_scan_reference(
         y = y * F.silu(z.to(work))
     y = y.to(u.dtype)
     return (y, state) if return_last_state else y
+
+
+def local_selective_scan_reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    window: int = 8,
+) -> Tensor:
+    """Scan that looks ahead in windows; see :func:`vision_ssm.ops.local_selective_scan`. B and C (batch, G, N, L)."""
+    batch, dim, length = u.shape
+    work = _work_dtype(u)
+    x, delta, A = u.to(work), delta.to(work), A.to(work)
+    if delta_bias is not None:
+        delta = delta + delta_bias.to(work)[:, None]
+    if delta_softplus:
+        delta = F.softplus(delta)
+    B, C = (matrix.to(work).repeat_interleave(dim // matrix.shape[1], dim=1) for matrix in (B, C))  # (batch, dim, N, L)
+    steps = []
+    for t in reversed(range(length)):
+        if t == length - 1 or (t + 1) % window == 0:
+            seen = x.new_zeros(batch, dim, A.shape[1])
+        ahead = torch.exp(delta[..., t, None] * A) * seen
+        steps.append((ahead * C[..., t]).sum(-1))
+        seen = ahead + (delta[..., t] * x[..., t])[..., None] * B[..., t]
+    y = selective_scan_reference(x, delta, A, B, C, D) + torch.stack(steps[::-1], dim=-1)
+    return (y if z is None else y * F.silu(z.to(work))).to(u.dtype)
 
 
 def scan_2d_reference(

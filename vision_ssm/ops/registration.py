@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import vision_ssm.kernels as kernels
 
-from .backend import select_backend
+from .backend import COMPOSED, select_backend
 
 _LIBRARY = torch.library.Library("vision_ssm", "FRAGMENT")
 
@@ -63,7 +63,7 @@ def register_operator(
         name: name of the operator, known to `select_backend`.
         arguments: the schema's arguments; the first is a tensor, whose device and dtype choose the implementation.
         returns: names of the output tensors.
-        chunked: the implementation for every device without a kernel.
+        chunked: the implementation for every device without a kernel; for every device, of a composed operator.
         fake: gives empty outputs for inputs without data.
         flops: gives the FLOPs of the forward operator for its inputs, tensors replaced by shapes.
         saved: names of the tensors that are kept for the backward pass; not to be used by callers.
@@ -74,6 +74,8 @@ def register_operator(
     """
 
     def implementation(tensor: Tensor) -> Implementation:
+        if name in COMPOSED:
+            return chunked
         return kernels.find(name) if select_backend(tensor, name).name == "triton" else chunked
 
     def run(*inputs: Any) -> Any:

@@ -1,0 +1,14 @@
+# vim_small: reported top-1 80.5 %, weights not averaged (arXiv 2401.09417). All matrices are decayed, as there.
+_base_ = [
+    "../_base_/default_runtime.py",
+    "../_base_/models/classifier_in1k.py",
+    "../_base_/datasets/imagenet_224.py",
+    "../_base_/schedules/imagenet_300e_adamw_fp32_warmup5_b512.py",
+]
+model = dict(backbone=dict(name="vim_small", drop_path_rate=0.05))
+train_dataloader = dict(
+    batch_size=64,
+    sampler=dict(type="vision_ssm.RepeatedAugmentSampler"),
+    dataset=dict(transform=dict(color_jitter=0.3)),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay=["*.A_log"]))

@@ -1,0 +1,176 @@
+"""LBVim: Vim with one scan per block that looks ahead in windows, in alternating directions.
+
+Paper: LBMamba: Locally Bi-directional Mamba, arXiv 2506.15976 (TMLR).
+Source: github.com/cvlab-stonybrook/LBMamba, commit 52155516, classification/models_mamba_bi.py and the dense backbones
+of segmentation/ and detection/. No weights are published.
+
+New in this family: the locally bi-directional scan, here `LocalBidirectionalScan`. It needs no second set of
+parameters, so blocks are lighter than Vim's; every other one walks the raster from its end. There is no class token.
+`lbvim_300` and `lbvim_528` are as fast as Vim's tiny and small.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..layers import AttentionHead, get_norm
+from .base import register_family
+from .vim import OFFICIAL_DEFAULTS as VIM_DEFAULTS
+from .vim import Vim, scan_sizes
+
+_SCAN = dict(type="local_bidirectional")
+
+
+class LBVim(Vim):
+    """LBVim of any size and switch.
+
+    Args:
+        alternate: blocks 1, 3, ... walk the sequence from its end.
+        attention_heads: pool by attention of a learned query with so many heads; 0: the mean over all cells.
+        out_dim: width that the maps of a `features_only` model are projected to, in front of their norms; None: none.
+        **common: see `Vim`.
+    """
+
+    family = "lbvim"
+    own_scan: ClassVar[dict[str, Any]] = _SCAN
+    own_scan_names: ClassVar[tuple[str, ...]] = ("local_bidirectional", "LocalBidirectionalScan")
+
+    def __init__(self, *, alternate: bool = True, attention_heads: int = 0, out_dim: int | None = None, **common: Any):
+        self.alternate, self.attention_heads, self.out_dim = alternate, attention_heads, out_dim
+        if attention_heads:
+            self.classifier_key = "head.fc.weight"
+        super().__init__(**common)
+        if out_dim is not None:
+            for key in self.out_norms:
+                self.out_norms[key] = nn.Sequential(nn.Linear(self.num_features, out_dim), get_norm("layer", out_dim))
+
+    def block_options(self, index: int, pairs: bool) -> dict[str, Any]:
+        if pairs:
+            raise ValueError("blocks of one direction side by side are Vim's; LBVim alternates from block to block")
+        return dict(reverse=index % 2 == 1) if self.alternate else {}
+
+    @property
+    def out_info(self) -> list[dict[str, Any]]:
+        info = super().out_info
+        if self.out_dim is None or not self.out_norms or self.pyramid is not None:
+            return info
+        return [{**entry, "num_chs": self.out_dim} for entry in info]
+
+    def build_head(self, num_classes: int) -> nn.Module:
+        if not self.attention_heads:
+            return super().build_head(num_classes)
+        return AttentionHead(self.num_features, num_classes, self.attention_heads)
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.head, AttentionHead):
+            return super().pool(features)
+        return self.head.pool(features.flatten(2).mT if features.dim() == 4 else features)  # of (B, T, C)
+
+    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `Vim.own_keys`; output norms that are numbered from 0 on get the numbers of their blocks."""
+        converted = super().own_keys(state_dict)
+        numbers = {int(key.split(".")[1]) for key in converted if key.startswith("out_norms.")}
+        if numbers != set(range(len(self.out_indices))):
+            return converted
+
+        def number_of_block(match: re.Match) -> str:
+            return f"out_norms.{self.out_indices[int(match[1])]}."
+
+        return {re.sub(r"^out_norms\.(\d+)\.", number_of_block, key): value for key, value in converted.items()}
+
+    @classmethod
+    def recognises(cls, keys: set[str]) -> bool:
+        ours = {key.removeprefix("stages.0.mixer.") for key in keys if key.startswith("stages.0.mixer.")}
+        return ours == _MIXER_KEYS or ("layers.0.mixer.x_proj.weight" in keys and "layers.0.mixer.A_b_log" not in keys)
+
+    @classmethod
+    def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with_projections = any(key.startswith("out_map_") for key in state_dict)
+        converted = {}
+        for key, value in super().official_keys(state_dict).items():
+            for pattern, replacement in _OFFICIAL_KEYS + _OUT_NORM_KEYS[with_projections]:
+                key = re.sub(pattern, replacement, key)
+            converted[key] = value
+        return converted
+
+    @classmethod
+    def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+        given = cls.check_config(config, _OFFICIAL_DEFAULTS)
+        for name, value in _UNSUPPORTED.items():
+            if given[name] != value:
+                raise ValueError(f"original LBVims have {name}={value!r}, all that are registered; got {given[name]!r}")
+        head, window = given["head_type"], given["local_window"]
+        if head not in (None, _ATTENTION_HEAD):
+            raise ValueError(f"head_type of an original LBVim is None or {_ATTENTION_HEAD!r}, got {head!r}")
+        if isinstance(window, Mapping):
+            if dict(window) != _WINDOW_RULE:
+                raise ValueError(f"local_window is a number, None or the published rule {_WINDOW_RULE}, got {window!r}")
+            window = None
+        options = dict(
+            cls.shared_options(given, keys),
+            alternate=given["layerwise_reverse_sq"],
+            scan=dict(_SCAN, window=window if given["lbm"] else 1, **scan_sizes(given)),
+            **cls.dense_options(given, keys),
+        )
+        if options.get("features_only"):
+            projected = any(key.startswith("out_map_") for key in keys)
+            dim = given["embed_dim"]
+            out_dim = _OUT_DIMS.get(dim, dim) if given["out_dim"] is None else given["out_dim"]
+            normed = any(key.startswith("outnorm_") for key in keys)
+            return dict(options, out_norm=normed, out_dim=out_dim if projected else None)
+        return dict(options, attention_heads=given["head_n_heads"] if head else 0)
+
+
+_MIXER_KEYS = {"in_proj.weight", "conv.weight", "conv.bias", "out_proj.weight"} | {
+    f"core.{name}" for name in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
+}
+_ATTENTION_HEAD = "att_qkv_onlyatt_pnorm_nomapq"
+_WINDOW_RULE = {"L<=128": 4, "L<=256": 8, "else": 16}
+_OUT_DIMS = {300: 192, 528: 384}
+_OFFICIAL_KEYS = (
+    (r"^(stages\.\d+\.mixer)\.convs\.0\.", r"\1.conv."),
+    (r"^head\.0\.post_norm\.", "head.norm."),
+    (r"^head\.0\.", "head."),
+    (r"^head\.1\.", "head.fc."),
+)
+_OUT_NORM_KEYS = {
+    False: ((r"^outnorm_(\d+)\.", r"out_norms.\1."),),
+    True: ((r"^out_map_(\d+)\.", r"out_norms.\1.0."), (r"^outnorm_(\d+)\.", r"out_norms.\1.1.")),
+}
+_UNSUPPORTED: dict[str, Any] = dict(
+    bimamba_type="none",
+    if_bimamba=False,
+    if_bidirectional=False,
+    use_double_cls_token=False,
+    last_n_layer_vim=0,
+    init_layer_scale=None,
+)
+_OFFICIAL_DEFAULTS: dict[str, Any] = {
+    **VIM_DEFAULTS,
+    **_UNSUPPORTED,
+    "if_cls_token": False,
+    "lbm": True,
+    "layerwise_reverse_sq": True,
+    "local_window": None,
+    "head_type": None,
+    "head_n_heads": 6,
+    "out_dim": None,
+}
+
+_COMMON = dict(drop_path_rate=0.05)
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lbvim_tiny": dict(_COMMON, dim=192),
+    "lbvim_300": dict(_COMMON, dim=300),
+    "lbvim_small": dict(_COMMON, dim=384),
+    "lbvim_528": dict(_COMMON, dim=528, attention_heads=6),
+    "lbvim_micro": dict(dim=32, depth=4, img_size=64, scan=dict(_SCAN, state_dim=4)),
+}
+PUBLISHED: dict[str, dict[str, Any]] = {}
+
+LBVim.variants = VARIANTS
+LBVim.published = PUBLISHED
+globals().update(register_family(LBVim))

@@ -1,0 +1,87 @@
+"""LBMamba's mixer: one scan of the raster that also looks ahead inside short windows.
+
+Paper: LBMamba: Locally Bi-directional Mamba, arXiv 2506.15976. Source of the mathematics:
+github.com/cvlab-stonybrook/LBMamba, commit 52155516.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..layers import CausalConv1d
+from ..ops.local_selective_scan import local_scan
+from ..registry import SCANS
+from .core import S6Core, _decay_rate, _unpack, resolve_dt_rank
+from .routes import build_routes
+from .sequence import SequenceScan, TokenLayout
+
+
+class _LocalCore(S6Core):
+    """The S6 core of one route, whose scan looks ahead in windows."""
+
+    def __init__(self, dim: int, state_dim: int, dt_rank: int, window: int | None, reverse: bool):
+        super().__init__(dim, build_routes("reversed" if reverse else "raster"), state_dim, dt_rank)
+        self.window, self.reverse = window, reverse
+
+    def forward(self, x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
+        """x: (B, T, dim). Returns the same shape, float32 (float64 for float64 input)."""
+        x = x.unsqueeze(2)  # (B, T, 1, dim)
+        low_rank, b, c = _unpack(F.linear(x, self.x_proj_weight[0]), [self.dt_rank, self.state_dim, self.state_dim])
+        y = local_scan(
+            x,
+            low_rank,
+            _decay_rate(self.A_log),
+            b,
+            c,
+            self.D,
+            dt_weight=self.dt_proj_weight,
+            dt_bias=self.dt_proj_bias,
+            window=self.window,
+            reverse=self.reverse,
+        )
+        return y.squeeze(2)
+
+
+@SCANS.register_module(name=["local_bidirectional", "LocalBidirectionalScan"])
+class LocalBidirectionalScan(SequenceScan):
+    """Raster scanned once, each step also seeing those behind it in its window (LBMamba).
+
+    ``y = scan(silu(conv(x))) * silu(z)`` with ``x, z = in_proj(u)``, then projected back. Class tokens are steps of the
+    sequence like any other.
+
+    Args:
+        dim: width C of input and output.
+        expand: inner width D = int(expand * dim).
+        state_dim: states N per channel.
+        dt_rank: rank of the step-size projection; ``"auto"`` is ceil(dim / 16).
+        conv_width: taps of the causal convolution.
+        window: steps of a window; None: 4, 8 or 16, depending on the length of the sequence as in the published
+            kernels. Fix it to run trained weights at another image size.
+        reverse: walk the sequence from its end, windows counted from there.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        expand: float = 2.0,
+        state_dim: int = 16,
+        dt_rank: int | str = "auto",
+        conv_width: int = 4,
+        window: int | None = None,
+        reverse: bool = False,
+    ):
+        super().__init__()
+        inner = int(expand * dim)
+        if inner < 1:
+            raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")
+        if window is not None and (not isinstance(window, int) or window < 1):
+            raise ValueError(f"window is a positive whole number or None, got {window!r}")
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
+        self.conv = CausalConv1d(inner, conv_width, reverse=reverse)
+        self.core = _LocalCore(inner, state_dim, resolve_dt_rank(dt_rank, dim), window, reverse)
+        self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def scan_tokens(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)  # each (B, T, D)
+        return self.out_proj(self.core(self.conv(x)).to(z.dtype) * F.silu(z))
