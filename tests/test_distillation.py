@@ -243,10 +243,11 @@ def test_what_of_a_teacher_counts_for_a_resume(data, teacher, tmp_path):
     check_option(config(data, tmp_path, teacher), "model.distillation.temperature")
 
 
-def test_prediction_averages_the_two_classifiers(data, tmp_path):
-    model = vision_ssm.create_model("groupmamba_micro", num_classes=3, in_chans=1).eval()
+@pytest.mark.parametrize("name", ["groupmamba_micro", "vcmamba_micro"])
+def test_prediction_averages_the_two_classifiers(name, data, tmp_path):
+    model = vision_ssm.create_model(name, num_classes=3, in_chans=1).eval()
     torch.save(model.state_dict(), tmp_path / "student.pth")
-    predictor = Predictor.from_weights("groupmamba_micro", tmp_path / "student.pth", device="cpu")
+    predictor = Predictor.from_weights(name, tmp_path / "student.pth", device="cpu")
     file = next((data / "val").rglob("*.png"))
     (found,) = predictor([file]).values()
     with torch.no_grad():
