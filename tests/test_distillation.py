@@ -14,10 +14,12 @@ from mmengine.config import Config
 
 import vision_ssm
 from vision_ssm import CheckpointError
+from vision_ssm.data import load_image
 from vision_ssm.engine import Distillation, ImageClassifier, Runner, distillation_loss, read_training
 from vision_ssm.engine.checkpoint import fingerprint
 from vision_ssm.engine.config import check_option
 from vision_ssm.engine.optim import parameter_groups
+from vision_ssm.engine.predict import Predictor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # short runs
 
@@ -239,6 +241,19 @@ def test_what_of_a_teacher_counts_for_a_resume(data, teacher, tmp_path):
     assert one == two and one["model.distillation.teacher"] == "'test_resnet'"
     assert fingerprint(config(data, tmp_path, teacher, alpha=0.4)) != one
     check_option(config(data, tmp_path, teacher), "model.distillation.temperature")
+
+
+@pytest.mark.parametrize("name", ["groupmamba_micro", "vcmamba_micro"])
+def test_prediction_averages_the_two_classifiers(name, data, tmp_path):
+    model = vision_ssm.create_model(name, num_classes=3, in_chans=1).eval()
+    torch.save(model.state_dict(), tmp_path / "student.pth")
+    predictor = Predictor.from_weights(name, tmp_path / "student.pth", device="cpu")
+    file = next((data / "val").rglob("*.png"))
+    (found,) = predictor([file]).values()
+    with torch.no_grad():
+        image = predictor.transform(load_image(str(file), 1))[None]
+        expected = model(image).softmax(1).sort(descending=True).values[0]
+    assert [value for _, value in found] == pytest.approx(expected.tolist())
 
 
 def test_two_processes(data, teacher, tmp_path):

@@ -111,7 +111,7 @@ def test_initial_values():
     torch.manual_seed(0)
     model = vision_ssm.create_model("groupmamba_micro", dims=(64, 64, 64, 64), stem_dim=32)
     mixer = model.stages[0].blocks[0].mixer
-    assert mixer.skip_scale.tolist() == [1.0] and not mixer.affinity[0].bias.any()
+    assert mixer.skip_scale.tolist() == [1.0] and not mixer.affinity.reduce.bias.any()
     for weight in (mixer.in_proj_weight, mixer.out_proj_weight, mixer.proj.weight, model.head.label.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.1)
     for conv, fan_out in ((model.stem.convs[0].conv, 49 * 32), (mixer.conv, 9), (model.stages[1].downsample.conv, 576)):

@@ -8,7 +8,7 @@ from timm.layers import DropPath, trunc_normal_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import DepthwiseConv2d, DistilledHead, add_norm, build_mlp, get_norm
+from ..layers import DepthwiseConv2d, add_norm, build_mlp, get_norm
 from ..registry import BACKBONES
 from ..scans import build_scan
 from ..scans.sequence import TokenLayout
@@ -378,9 +378,10 @@ class Backbone(nn.Module):
         return self.head
 
     def taught_parameters(self) -> list[nn.Parameter]:
-        """Parameters that only a distillation loss reaches: those of classifiers that learn from a teacher."""
-        heads = [module.teacher for module in self.modules() if isinstance(module, DistilledHead)]
-        return [parameter for head in heads for parameter in head.parameters()]
+        """Parameters that only a distillation loss reaches: those of the classifier that learns from a teacher, which
+        heads of two classifiers call ``teacher``."""
+        taught: nn.Module | None = getattr(self.head, "teacher", None)
+        return [] if taught is None else list(taught.parameters())
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one for `num_classes` classes (0: none)."""

@@ -226,8 +226,8 @@ _OFFICIAL_KEYS = (
     (r"^norm([123])\.", r"stages.\1.norm."),
     (r"^norm4\.", "norm."),
     (r"^post_network\.0\.", "class_block."),
-    (r"\.attn\.fc1\.", ".mixer.affinity.0."),
-    (r"\.attn\.fc2\.", ".mixer.affinity.2."),
+    (r"\.attn\.fc1\.", ".mixer.affinity.reduce."),
+    (r"\.attn\.fc2\.", ".mixer.affinity.expand."),
     (r"\.attn\.", ".mixer."),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.conv."),
 )

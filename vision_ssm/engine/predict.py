@@ -89,11 +89,12 @@ class Predictor:
     def from_weights(cls, name: str, weights: str | Path, device: str | None = None) -> "Predictor":
         """Model `name` with a weight file, official or ours; classes and channels are those of the file."""
         checkpoint = read_checkpoint(weights)
-        family = find_family(name)
-        tensors = family.official_keys(unwrap(checkpoint, str(weights)))
-        if family.classifier_key not in tensors:
-            raise UsageError(f"{weights} holds no classifier, so there is nothing to predict with")
-        classes = tensors[family.classifier_key].shape[0]
+        tensors = find_family(name).official_keys(unwrap(checkpoint, str(weights)))
+        with torch.device("meta"):
+            key = create_model(name).classifier_key
+        if key not in tensors:
+            raise UsageError(f"{weights} holds no classifier of {name}, so there is nothing to predict with")
+        classes = tensors[key].shape[0]
         stem = next(value for key, value in tensors.items() if key.startswith("stem.") and value.ndim == 4)
         channels = stem.shape[1]
         model = create_model(name, num_classes=classes, in_chans=channels)

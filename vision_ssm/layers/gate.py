@@ -31,5 +31,9 @@ class ChannelGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, ..., dim), the mean goes over T. Returns the same shape."""
+        return x * self.gate(x)
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, T, ..., dim). Returns the numbers that scale its channels, (B, 1, ..., dim)."""
         means = self.norm(x).mean(dim=1, keepdim=True)  # (B, 1, ..., dim)
-        return x * self.expand(self.act(self.reduce(means))).sigmoid()
+        return self.expand(self.act(self.reduce(means))).sigmoid()

@@ -10,7 +10,7 @@ from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import DepthwiseConv2d, LayerNorm, add_norm
+from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, add_norm
 from ..registry import SCANS
 from .core import S6Core, resolve_dt_rank
 from .routes import build_routes
@@ -35,8 +35,8 @@ class ChannelGroupsScan(nn.Module):
     """Selective scan of K groups of channels, each along one route, then channel affinity (GroupMamba).
 
     ``n = norm(x)``; its K groups run through gated mixers as in `MultiDirectionScan`, with one route each, to m; then
-    ``y = proj(norm(m * n * skip_scale * affinity(n)))``. The norm is one and the same module; the affinity is a
-    squeeze-and-excitation of the mean over all cells. All groups are computed together.
+    ``y = proj(norm(m * n * skip_scale * affinity(n)))``. The norm is one and the same module; the affinity is that of a
+    `ChannelGate`. All groups are computed together.
 
     Args:
         dim: width C of input and output, a multiple of K.
@@ -70,9 +70,8 @@ class ChannelGroupsScan(nn.Module):
             raise ValueError(
                 f"expand * dim / {self.groups} and reduction must be at least 1, got {expand} * {width} and {reduction}"
             )
-        squeezed = max(dim // reduction, 1)
         self.norm = LayerNorm(dim, eps=_NORM_EPS)
-        self.affinity = nn.Sequential(nn.Linear(dim, squeezed), nn.ReLU(), nn.Linear(squeezed, dim), nn.Sigmoid())
+        self.affinity = ChannelGate(dim, reduction, norm="none", act="relu")
         self.skip_scale = nn.Parameter(torch.ones(1))
         self.in_proj_weight = _projection(self.groups, 2 * inner, width)
         self.conv = DepthwiseConv2d(self.groups * inner, 3, act="silu")
@@ -85,8 +84,8 @@ class ChannelGroupsScan(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
         n = add_norm(self.norm, x)[1]
-        scale = self.skip_scale * self.affinity(n.mean(dim=(1, 2)))  # (B, dim)
-        m = self.mix_groups(n) * n * scale[:, None, None]
+        scale = self.skip_scale * self.affinity.gate(n.flatten(1, 2))  # (B, 1, dim)
+        m = self.mix_groups(n) * n * scale.unsqueeze(1)
         return self.proj(add_norm(self.norm, m)[1])
 
     def mix_groups(self, n: torch.Tensor) -> torch.Tensor:
