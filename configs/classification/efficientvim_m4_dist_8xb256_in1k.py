@@ -1,8 +1,8 @@
 # efficientvim_m4_dist: reported top-1 80.7 % (arXiv 2411.15241), 300 epochs.
-# It learned from a RegNetY-160 by hard distillation, which the engine cannot: this config is for evaluation.
+# It learns from a RegNetY-160 by hard distillation, with half of the loss.
 _base_ = [
     "../_base_/default_runtime.py",
-    "../_base_/models/classifier_in1k.py",
+    "../_base_/models/classifier_in1k_distilled.py",
     "../_base_/datasets/imagenet_224.py",
     "../_base_/schedules/imagenet_300e_adamw_b2048.py",
 ]
