@@ -218,3 +218,11 @@ def test_bad_arguments(name, spoil, error, message):
     inputs[name] = spoil(inputs[name])
     with pytest.raises(error, match=f"^local_selective_scan: .*{message}"):
         local_selective_scan(**inputs)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the interpreter; kernels mean infinity
+def test_through_triton_kernels(interpreter, monkeypatch):
+    monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
+    assert select_backend(torch.zeros(1), "local_selective_scan").name == "triton"
+    inputs = {**inputs_of(length=11, batch=1, dim=5, states=2), "window": 4}
+    compare("local_selective_scan", local_selective_scan, local_selective_scan_reference, inputs, torch.float32)

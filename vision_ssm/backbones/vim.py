@@ -211,7 +211,7 @@ class Vim(PlainBackbone):
         if "cls_token_head" in renamed:
             tokens = renamed.pop("cls_token_head"), renamed.pop("cls_token_tail")
             renamed["cls_token.tokens"] = torch.cat(tokens, dim=1)  # (1, 2, C)
-        return _stack_directions(renamed)
+        return stack_directions(renamed)
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
@@ -332,7 +332,7 @@ _MIXER_KEYS = (
 )
 
 
-def _stack_directions(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def stack_directions(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters of the scans as one tensor for all directions, (K, ...); convolutions under numbers."""
     converted = {}
     for key, value in state_dict.items():
