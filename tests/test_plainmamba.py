@@ -261,6 +261,17 @@ def test_positions_of_another_shape():
         imported(**{"backbone.pos_embed": torch.zeros(1, 15, 64)})
 
 
+def test_compiled_model_takes_any_size():
+    """Tables of routes and directions are found, and patches padded, where sizes are symbolic."""
+    model = vision_ssm.create_model("plainmamba_micro", num_classes=3).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for size in ((64, 64), (64, 96), (65, 97)):
+            x = torch.randn(1, 3, *size)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["plainmamba", "vcmamba"])
 def test_recognises_its_own_keys_alone(family):
     (cls,) = families()[family]

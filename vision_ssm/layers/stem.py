@@ -42,7 +42,10 @@ class PatchStem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, H', W', dim)."""
         if self.remainder == "pad":
-            bottom, right = ((self.patch_size - side) % self.stride for side in x.shape[2:])
+            size = (x.shape[2], x.shape[3])
+            bottom, right = (  # not as a remainder, which the compiler cannot lower for symbolic sizes
+                (cells - 1) * self.stride + self.patch_size - side for cells, side in zip(self.grid_size(size), size)
+            )
             if bottom or right:
                 x = F.pad(x, (0, right, 0, bottom))
         x = self.conv(x.contiguous(memory_format=torch.channels_last))
