@@ -263,11 +263,11 @@ def test_positions_of_another_shape():
 
 def test_compiled_model_takes_any_size():
     """Tables of routes and directions are found, and patches padded, where sizes are symbolic."""
-    model = vision_ssm.create_model("plainmamba_micro", num_classes=3).eval()
+    model = vision_ssm.create_model("plainmamba_micro", depth=1, num_classes=3).eval()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        for size in ((64, 64), (64, 96), (65, 97)):
+        for size in ((64, 64), (65, 97)):
             x = torch.randn(1, 3, *size)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
