@@ -195,9 +195,9 @@ class Cross(Routes):
 
 @ROUTES.register_module(name="snake")
 class Snake(Routes):
-    """Rows and columns in turns, left and right or down and up, so that steps go to neighbours; then both reversed.
+    """Rows, then columns, walked to and fro so that every step goes to a neighbour, each also in reverse.
 
-    PlainMamba's continuous scan (arXiv 2403.17695): rows, rows reversed, columns, columns reversed.
+    The order of PlainMamba's continuous scan (arXiv 2403.17695): rows, rows reversed, columns, columns reversed.
     """
 
     num_routes = 4
