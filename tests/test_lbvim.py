@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import vision_ssm
 from vision_ssm import create_model, import_official
+from vision_ssm.analysis import count_macs
 from vision_ssm.backbones.lbvim import LBVim
 from vision_ssm.layers import AttentionHead
 from vision_ssm.ops import local_selective_scan
@@ -208,6 +209,15 @@ def test_recognises_its_own_alone():
         for name in cls.variants:
             if name.endswith("_micro"):
                 assert LBVim.recognises(set(create_model(name).state_dict())) is (cls is LBVim), name
+
+
+def test_macs_count_both_scans():
+    """Per step and channel: the look ahead costs as much as a scan without skip connection."""
+    narrow, plain = (count_macs(lambda window=window: create_model("lbvim_micro", scan=dict(window=window)), 64) for window in (4, 1))
+    assert narrow - plain == 4 * 16 * 64 * 9 * 4  # blocks, steps, channels, operations, states
+    one_way = dict(directions="forward", average=False)
+    vim = count_macs(lambda: create_model("vim_micro", scan=one_way, class_tokens="none"), 64)
+    assert plain == vim
 
 
 def test_names():

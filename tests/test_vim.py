@@ -349,3 +349,14 @@ def test_own_weights_with_another_scan_load():
     assert model.class_tokens == "none", "no place for a class token in a scan of maps"
     assert load_state_dict(other, model.state_dict()).complete
     assert torch.equal(other.stages[0].mixer.in_proj.weight, model.stages[0].mixer.in_proj.weight)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_weights_whose_accuracy_is_published(ema, tmp_path, monkeypatch):
+    """Vim's is that of the weights as trained, which lie beside averaged ones."""
+    assert not any(published["ema"] for published in Vim.published.values())
+    monkeypatch.setitem(Vim.published, "vim_micro", {"ema": ema})
+    model, averaged = (create_model("vim_micro", num_classes=3) for _ in range(2))
+    torch.save({"model": model.state_dict(), "model_ema": averaged.state_dict()}, tmp_path / "file.pth")
+    loaded = create_model("vim_micro", num_classes=3, pretrained=tmp_path / "file.pth")
+    assert torch.equal(loaded.head.weight, (averaged if ema else model).head.weight)

@@ -281,7 +281,7 @@ def load_weights(
     *,
     strict: bool = True,
     reset_head: bool = False,
-    ema: bool = True,
+    ema: bool | None = None,
     verbose: bool = True,
 ) -> LoadReport:
     """Load an official checkpoint file, or one of ours, into a backbone, and report on every key.
@@ -290,12 +290,15 @@ def load_weights(
         model: backbone of the variant that the file belongs to.
         file: ``.safetensors`` or PyTorch checkpoint, with or without wrappers (see `unwrap`).
         strict, reset_head: see `load_state_dict`.
-        ema: prefer averaged weights where the file has both.
+        ema: prefer averaged weights where the file has both; None: if the accuracy published for the variant is theirs,
+            or none is published.
         verbose: print the report.
 
     Raises:
         FileNotFoundError, CheckpointError: see `read_checkpoint` and `load_state_dict`.
     """
+    if ema is None:
+        ema = model.published.get(model.variant or "", {}).get("ema", True)
     tensors = unwrap(read_checkpoint(file), str(file), ema=ema)
     report = load_state_dict(model, tensors, source=str(file), strict=strict, reset_head=reset_head)
     if verbose:

@@ -1,4 +1,5 @@
-# lbvim_300. Neither weights nor an accuracy are published with the code (arXiv 2506.15976). All matrices are decayed, as there.
+# lbvim_300. Neither weights nor an accuracy are published with the code (arXiv 2506.15976).
+# All matrices are decayed, as there.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

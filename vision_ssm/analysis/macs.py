@@ -18,6 +18,12 @@ def _scan_2d(*shapes: Any, **_: Any) -> int:
     return 2 * (flops.scan_2d_shapes(*shapes) - expansion) + expansion
 
 
+def _local_selective_scan(*shapes: Any, **_: Any) -> int:
+    (batch, length, groups, dim), rank = shapes[0], 0 if shapes[6] is None else shapes[6][2]
+    expansion = 2 * batch * length * groups * dim * rank
+    return 2 * (flops.local_selective_scan_shapes(*shapes) - expansion) + expansion
+
+
 def _doubled(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *shapes, **_: 2 * formula(*shapes)
 
@@ -25,6 +31,7 @@ def _doubled(formula: Callable[..., int]) -> Callable[..., int]:
 # what these give is halved with everything else, so the operations of a scan count once each, not half
 _SCANS: dict[str, Callable[..., int]] = {
     "scan_2d": _scan_2d,
+    "local_selective_scan": _local_selective_scan,
     "selective_scan": _doubled(flops.selective_scan_shapes),
     "ssd": _doubled(flops.ssd_shapes),
 }
