@@ -252,7 +252,7 @@ def _backward_kernel(
     i = tl.arange(0, STEPS)
     start = stretch * span
     chunks = tl.cdiv(tl.minimum(start + span, length) - start, STEPS)
-    for turn in range(0, chunks):
+    for turn in tl.range(0, chunks, num_stages=1):  # loads ahead would take registers that there are not
         first = start + (chunks - 1 - turn) * STEPS
         t = first + i
         end = tl.minimum(first + STEPS, length)
