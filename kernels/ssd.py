@@ -252,7 +252,7 @@ def _backward_kernel(
     i = tl.arange(0, STEPS)
     start = stretch * span
     chunks = tl.cdiv(tl.minimum(start + span, length) - start, STEPS)
-    for turn in range(0, chunks):
+    for turn in tl.range(0, chunks, num_stages=1):  # loads ahead would take registers that there are not
         first = start + (chunks - 1 - turn) * STEPS
         t = first + i
         end = tl.minimum(first + STEPS, length)
@@ -326,7 +326,7 @@ def _backward_kernel(
 
 
 class _Cut(NamedTuple):
-    """Constants of the kernels: `steps` of a chunk, a state as tiles of `rows` (all of N) by `columns` (of P), warps."""
+    """Constants of the kernels: steps of a chunk, rows (all of N) and columns (of P) of a state's tile, and warps."""
 
     steps: int
     rows: int
@@ -337,7 +337,7 @@ class _Cut(NamedTuple):
 def _cut(length: int, width: int, states: int, half: bool, exact: bool, backward: bool) -> _Cut:
     rows = max(_SMALLEST, power_of_2(states))
     columns = min(64, max(_SMALLEST, power_of_2(width)), max(_SMALLEST, _LARGEST_STATE // rows))
-    steps = 32 if half or not backward else 16  # more do not fit into registers
+    steps = 32 if half or not (exact or backward) else 16  # more do not fit into registers and shared memory
     if half and not backward and rows <= 64:
         steps = 64
     return _Cut(min(steps, max(_SMALLEST, power_of_2(length))), rows, columns, 8 if half and backward else 4)

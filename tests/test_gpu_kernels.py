@@ -23,12 +23,13 @@ from ops_support import (
     run,
     scan_2d_inputs,
     selective_scan_inputs,
+    ssd_inputs,
     unpacked,
 )
 
 import vision_ssm
 from vision_ssm import kernels
-from vision_ssm.ops import depthwise_conv, layer_norm, scan_2d, select_backend, selective_scan
+from vision_ssm.ops import depthwise_conv, layer_norm, scan_2d, select_backend, selective_scan, ssd
 from vision_ssm.ops.torch_depthwise_conv import depthwise_conv_reference
 from vision_ssm.ops.torch_layer_norm import layer_norm_reference
 
@@ -49,7 +50,7 @@ def _kernels_on_fresh_inputs(monkeypatch):
     monkeypatch.delenv("VISION_SSM_BACKEND", raising=False)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for op in ("scan_2d", "selective_scan", "layer_norm", "depthwise_conv"):
+    for op in ("scan_2d", "selective_scan", "ssd", "layer_norm", "depthwise_conv"):
         assert select_backend(torch.zeros(1, device="cuda"), op) == ("triton", "")
     fresh_seed()
     yield
@@ -153,6 +154,30 @@ def test_sequences_again_and_compiled(options):
     for _ in range(3):
         assert_equal(run(selective_scan, inputs), first)
     assert_equal(run(torch.compile(selective_scan, fullgraph=True), inputs), first)
+
+
+HEADS = {
+    "Adventurer": dict(batch=40, length=198, heads=8, groups=1, width=64, states=64, initial=False),
+    "four routes": dict(batch=2, length=3136, heads=24, groups=4, width=16, states=64),
+    "one long sequence": dict(batch=1, length=4000, heads=4, groups=2, width=48, states=128, gate=False),
+    "wide heads, many states": dict(batch=3, length=77, heads=6, groups=3, width=100, states=130),
+    "narrow": dict(batch=2, length=21, heads=6, groups=2, width=5, states=7, skip="head"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_heads(options, dtype):
+    compare("ssd", ssd, ssd, on_gpu(ssd_inputs(**options)), dtype)
+
+
+@pytest.mark.parametrize("options", [HEADS["Adventurer"], HEADS["one long sequence"]], ids=["whole", "stretches"])
+def test_heads_again_and_compiled(options):
+    inputs = cast(on_gpu(ssd_inputs(**options)), torch.bfloat16)
+    first = run(ssd, inputs)
+    for _ in range(3):
+        assert_equal(run(ssd, inputs), first)
+    assert_equal(run(torch.compile(ssd, fullgraph=True, backend="aot_eager"), inputs), first)
 
 
 # Maps of odd sizes; what a route covers differs from call to call, what Triton compiles for does not.

@@ -371,6 +371,7 @@ CASES: dict[str, OperatorCase] = {
     "selective_scan_3": SelectiveScanCase(16, "Vim-T at 1248 x 1248", 384, 6085, 16, gate=True),
     "selective_scan_4": SelectiveScanCase(128, "Vim-T at 224 x 224", 384, 197, 16, gate=True),
     "selective_scan_5": SelectiveScanCase(1, "one long sequence", 768, 16384, 16),
+    "ssd_tokens": SSDCase(128, "Adventurer-T at 224 x 224", 198, 8, 64, 1, 64),
     "ssd_stage1": SSDCase(128, "vmamba_tiny_m2, stage 1, four routes as groups", 3136, 24, 16, 4, 64),
     **_state_fusion_cases(),
 }

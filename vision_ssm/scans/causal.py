@@ -12,11 +12,10 @@ from torch import nn
 from ..layers import CausalConv1d, RMSNorm
 from ..ops.ssd import ssd
 from ..registry import SCANS
-from .core import _decay_rate, initial_dt_bias
+from .core import _SSD_CHUNK, _decay_rate, initial_dt_bias
 from .sequence import SequenceScan, TokenLayout
 
 _HEAD_DIM = 64
-_CHUNK = 64
 
 
 @SCANS.register_module(name=["causal", "CausalScan"])
@@ -92,7 +91,7 @@ class CausalScan(SequenceScan):
             z=z.unflatten(-1, (self.heads, -1)),
             dt_bias=self.dt_bias,
             dt_softplus=True,
-            chunk_size=_CHUNK,
+            chunk_size=_SSD_CHUNK,
         )
         y = y.flatten(2)  # (B, T, D)
         return self.out_proj(self.norm.normalise(y, y.dtype))
