@@ -48,9 +48,9 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
     """The backend that operator `op` takes for inputs like `tensor`, and why no faster one.
 
     "triton" where a kernel for `op` exists and can run on the tensor's device, else "chunked", which is plain PyTorch
-    and runs anywhere; for `MATRIX_PRODUCTS` nothing is faster, and `COMPOSED` operators take what the operator that they
-    call takes. The environment variable VISION_SSM_BACKEND (triton, chunked, reference) overrides the choice. A tensor
-    on a GPU that has to take the chunked path is reported by one warning per operator and reason.
+    and runs anywhere. Nothing is faster for `MATRIX_PRODUCTS`; `COMPOSED` operators take what the one they call takes.
+    The environment variable VISION_SSM_BACKEND (triton, chunked, reference) overrides the choice. A tensor on a GPU
+    that has to take the chunked path is reported by one warning per operator and reason.
 
     Args:
         tensor: the first input of the operator; its device and dtype count.
