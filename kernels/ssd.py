@@ -28,6 +28,7 @@ from .tiles import LN_2, LOG2_E, rounded, softplus_log2, softplus_slope, sum_pro
 _FEW_PROGRAMS = 264  # below this many, sequences are cut into stretches
 _LARGEST_STATE = 8192  # numbers of a state in the registers of a program
 _SMALLEST = 16  # side of a matrix product
+_WARPS = 4  # measured: more hold less work each and wait for each other
 
 
 @triton.jit
@@ -326,21 +327,18 @@ def _backward_kernel(
 
 
 class _Cut(NamedTuple):
-    """Constants of the kernels: steps of a chunk, rows (all of N) and columns (of P) of a state's tile, and warps."""
+    """Constants of the kernels: steps of a chunk, rows (all of N) and columns (of P) of a state's tile."""
 
     steps: int
     rows: int
     columns: int
-    warps: int
 
 
 def _cut(length: int, width: int, states: int, half: bool, exact: bool, backward: bool) -> _Cut:
     rows = max(_SMALLEST, power_of_2(states))
     columns = min(64, max(_SMALLEST, power_of_2(width)), max(_SMALLEST, _LARGEST_STATE // rows))
     steps = 32 if half or not (exact or backward) else 16  # more do not fit into registers and shared memory
-    if half and not backward and rows <= 64:
-        steps = 64
-    return _Cut(min(steps, max(_SMALLEST, power_of_2(length))), rows, columns, 8 if half and backward else 4)
+    return _Cut(min(steps, max(_SMALLEST, power_of_2(length))), rows, columns)
 
 
 class _Call:
@@ -377,7 +375,7 @@ class _Call:
         span = ceil_div(self.chunks, stretches)
         self.stretches, self.span = ceil_div(self.chunks, span), span * cut.steps
         self.grid = (self.sequences * self.stretches * self.blocks,)
-        self.warps, self.state_dtype = cut.warps, torch.bfloat16 if half else torch.float32
+        self.state_dtype = torch.bfloat16 if half else torch.float32
         self.constants = dict(
             HEADS=self.heads, GROUP=self.heads // B.shape[2], WIDTH=self.width, STATES=self.states, STEPS=cut.steps,
             COLUMNS=cut.columns, ROWS=cut.rows, SOFTPLUS=dt_softplus, EXACT=exact, HALF=half,
@@ -410,7 +408,7 @@ class _Call:
             _states_kernel, self.grid,
             values, self.dt, self.A, matrix, self.dt_bias, entering, kept, leaving, totals,
             *values.stride()[:3], *self.dt.stride()[:2], *matrix.stride()[:3], self.length, self.span, self.stretches,
-            **self.constants, TURNED=turned, num_warps=self.warps,
+            **self.constants, TURNED=turned, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -441,7 +439,7 @@ def forward(
             _forward_kernel, call.grid,
             call.x, call.dt, call.A, call.B, call.C, call.D, call.dt_bias, entering, y, final,
             *call.x.stride()[:3], *call.dt.stride()[:2], *call.B.stride()[:3], *call.C.stride()[:3],
-            call.length, call.span, call.stretches, **call.constants, num_warps=call.warps,
+            call.length, call.span, call.stretches, **call.constants, num_warps=_WARPS,
         )  # fmt: skip
     return y, final
 
@@ -484,7 +482,7 @@ def backward(
             grad_x, grad_dt, grad_B, grad_C, grad_A, grad_D, grad_initial,
             *grad_y.stride()[:3], *call.x.stride()[:3], *call.dt.stride()[:2], *call.B.stride()[:3],
             *call.C.stride()[:3], length, call.span, call.stretches, batch,
-            **call.constants, num_warps=call.warps,
+            **call.constants, num_warps=_WARPS,
         )  # fmt: skip
     grad_dt = _sum_blocks(grad_dt)
     grads = {"x": grad_x, "dt": grad_dt, "A": grad_A.sum(0)}

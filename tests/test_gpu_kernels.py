@@ -159,7 +159,7 @@ def test_sequences_again_and_compiled(options):
 HEADS = {
     "Adventurer": dict(batch=40, length=198, heads=8, groups=1, width=64, states=64, initial=False),
     "four routes": dict(batch=2, length=3136, heads=24, groups=4, width=16, states=64),
-    "one long sequence": dict(batch=1, length=4000, heads=4, groups=2, width=48, states=128, gate=False),
+    "one long sequence": dict(batch=1, length=4000, heads=8, groups=2, width=48, states=128, gate=False),
     "wide heads, many states": dict(batch=3, length=77, heads=6, groups=3, width=100, states=130),
     "narrow": dict(batch=2, length=21, heads=6, groups=2, width=5, states=7, skip="head"),
 }

@@ -50,15 +50,16 @@ def test_twin(options, one_stretch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=identify)
-@pytest.mark.parametrize("length", [21, 75])
+@pytest.mark.parametrize("length", [21, 40])
 def test_twin_in_half_precision(dtype, length, one_stretch):
-    compare_with_twin("ssd", small(length=length), dtype)
+    """Enough heads that not all of their sums over time can come out close to 0 at once."""
+    compare_with_twin("ssd", small(length=length, heads=8), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
-def test_stretches(dtype, monkeypatch):
+@pytest.mark.parametrize(("dtype", "heads"), [(torch.float32, 2), (torch.bfloat16, 8), (torch.float16, 8)], ids=identify)
+def test_stretches(dtype, heads, monkeypatch):
     """A few long sequences are scanned in stretches at once."""
-    monkeypatch.setattr(kernels, "_FEW_PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "_FEW_PROGRAMS", heads + 1)
     stretches, entering = [], kernels._Call.entering
 
     def watched(call, *args, **options):
@@ -66,7 +67,7 @@ def test_stretches(dtype, monkeypatch):
         return entering(call, *args, **options)
 
     monkeypatch.setattr(kernels._Call, "entering", watched)
-    compare_with_twin("ssd", small(length=75, groups=1), dtype)
+    compare_with_twin("ssd", small(length=75, heads=heads, groups=1), dtype)
     assert len(stretches) == 3 and min(stretches)[0] > 1  # forward, and both ways in backward
 
 

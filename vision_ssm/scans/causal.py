@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..layers import CausalConv1d, RMSNorm
 from ..ops.ssd import ssd
@@ -88,13 +89,13 @@ class CausalScan(SequenceScan):
             b.unsqueeze(2),  # (B, T, 1, N): all heads share B and C
             c.unsqueeze(2),
             D=self.D,
-            z=z.unflatten(-1, (self.heads, -1)),
             dt_bias=self.dt_bias,
             dt_softplus=True,
             chunk_size=_SSD_CHUNK,
         )
         y = y.flatten(2)  # (B, T, D)
-        return self.out_proj(self.norm.normalise(y, y.dtype))
+        y = y.to(torch.promote_types(y.dtype, torch.bfloat16)) * F.silu(z)  # float16 would be too narrow for products
+        return self.out_proj(self.norm.normalise(y, z.dtype))
 
 
 def _flip_patches(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
