@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import vision_ssm
-from vision_ssm.layers import add_norm, build_mlp, get_norm
+from vision_ssm.layers import add_norm, build_mlp, get_norm, synchronize_batch_norms
 
 
 def kept_bytes(function):
@@ -96,3 +96,19 @@ def test_add_norm_gives_what_the_next_layer_takes():
         s, y = add_norm(norm, x, torch.randn(2, 3, 6, dtype=torch.bfloat16), nn.Identity())
         assert norm(x).dtype == torch.float32
     assert s.dtype == torch.float32 and y.dtype == torch.bfloat16
+
+
+def test_synchronized_batch_norms_keep_layout_activation_and_weights():
+    """Compared in evaluation: in training they need several GPUs."""
+    names = ("vcmamba_micro", "vssd_micro", "spatialmamba_micro")  # channel-last norms, timm's with activations, torch's
+    for name in names:
+        model = vision_ssm.create_model(name, num_classes=3).eval()
+        image = torch.randn(2, 3, 64, 96)
+        with torch.no_grad():
+            before, keys = model(image), list(model.state_dict())
+            parameters = [id(parameter) for parameter in model.parameters()]
+            model = synchronize_batch_norms(model)
+            torch.testing.assert_close(model(image), before)
+        assert list(model.state_dict()) == keys and [id(p) for p in model.parameters()] == parameters
+        norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        assert norms and all(isinstance(module, nn.SyncBatchNorm) for module in norms)

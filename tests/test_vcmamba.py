@@ -98,7 +98,7 @@ def test_two_classifiers():
     torch.testing.assert_close(model(x), (model.head.label(pooled) + model.head.teacher(pooled)) / 2)
     model.reset_classifier(3)
     assert model(x).shape == (2, 3)
-    single = micro(num_classes=4, distillation=False)
+    single = micro(num_classes=4, distilled=False)
     assert single(x).shape == (2, 4) and single.classifier_key == "head.weight"
     report = load_state_dict(micro(num_classes=3), model.state_dict())
     assert report.complete

@@ -1,5 +1,5 @@
 # adventurer_base_patch8_224: reported top-1 83.9 % (arXiv 2410.07599) behind three stages.
-# The first: 300 epochs at 128 x 128. Repeated augmentation is left out.
+# The first: 300 epochs at 128 x 128.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

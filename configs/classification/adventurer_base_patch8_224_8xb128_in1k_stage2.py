@@ -1,5 +1,5 @@
 # adventurer_base_patch8_224, second stage: 100 epochs at 224 x 224 from the weights of the first,
-# --cfg-options model.pretrained=FILE. Repeated augmentation is left out.
+# --cfg-options model.pretrained=FILE.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

@@ -1,5 +1,5 @@
 # adventurer_large_patch16_224: reported top-1 83.4 % (arXiv 2410.07599) behind three stages.
-# The first: 300 epochs at 128 x 128. Repeated augmentation is left out. Drop path is published for Base alone.
+# The first: 300 epochs at 128 x 128. Drop path is published for Base alone.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",

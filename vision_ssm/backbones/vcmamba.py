@@ -135,7 +135,7 @@ class VCMamba(Backbone):
         stem_act: ``"relu"``, or ``"gelu"`` as in the original's segmentation backbone.
         pos_embed: add a learned position table in front of the first block with a scan.
         img_size: image size that sizes this table.
-        distillation: two classifiers, see `DistilledHead`.
+        distilled: two classifiers, see `DistilledHead`.
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
         **common: in_chans, num_classes, features_only, out_indices, out_norm, drop_rate; see `Backbone`.
     """
@@ -154,14 +154,14 @@ class VCMamba(Backbone):
         stem_act: str = "relu",
         pos_embed: bool = True,
         img_size: int = 224,
-        distillation: bool = True,
+        distilled: bool = True,
         drop_path_rate: float = 0.0,
         **common: Any,
     ):
         super().__init__(**common)
         if not len(dims) == len(depths) == len(_STRIDES):
             raise ValueError(f"dims and depths must have one entry per stage, got {tuple(dims)} and {tuple(depths)}")
-        self.distillation = distillation
+        self.distilled = distilled
         spec = resolve_scan(scan, _SCAN)
         first = sum(depths) - min(scan_blocks, depths[-1])  # block with a scan, counted over all stages
         self.stem = StridedConvStem(self.in_chans, dims[0], stem_act)
@@ -181,10 +181,10 @@ class VCMamba(Backbone):
 
     @property
     def classifier_key(self) -> str:  # type: ignore[override]
-        return "head.label.weight" if self.distillation else "head.weight"
+        return "head.label.weight" if self.distilled else "head.weight"
 
     def build_head(self, num_classes: int) -> nn.Module:
-        return DistilledHead(self.num_features, num_classes) if self.distillation else super().build_head(num_classes)
+        return DistilledHead(self.num_features, num_classes) if self.distilled else super().build_head(num_classes)
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
@@ -236,7 +236,7 @@ class VCMamba(Backbone):
             stem_act="gelu" if dense else "relu",
             pos_embed=given["if_abs_pos_embed"],
             img_size=given["resolution"],
-            distillation="dist_head.weight" in keys,
+            distilled="dist_head.weight" in keys,
             drop_path_rate=given["drop_path_rate"],
             num_classes=given["num_classes"] if head else 0,
             features_only=dense,
@@ -277,7 +277,7 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     resolution=224,
     if_abs_pos_embed=True,
     num_classes=1000,
-    distillation=True,
+    distilled=True,
     use_layer_scale=True,
     layer_scale_init_value=1e-5,
     drop_path_rate=0.0,

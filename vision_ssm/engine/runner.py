@@ -21,6 +21,7 @@ from mmengine.utils import apply_to
 from torch import nn
 
 from vision_ssm.data import check_same_classes
+from vision_ssm.layers import synchronize_batch_norms
 from vision_ssm.weights import CheckpointError
 
 from . import logs
@@ -128,7 +129,18 @@ class Runner(mmengine.runner.Runner):
             keywords.setdefault("find_unused_parameters", self.cfg.get("find_unused_parameters", False))
             keywords["device_ids"] = None
             model_wrapper_cfg = keywords
-        return super().wrap_model(model_wrapper_cfg, model)
+        sync_bn = self.cfg.get("sync_bn")
+        if not self.distributed or sync_bn is None:
+            return super().wrap_model(model_wrapper_cfg, model)
+        if torch.cuda.is_available():
+            model = synchronize_batch_norms(model)
+        else:
+            self.logger.warning("sync_bn has no effect: PyTorch has no synchronised batch norm for CPUs")
+        self.cfg.sync_bn = None  # the conversion of mmengine is not for channel-last norms
+        try:
+            return super().wrap_model(model_wrapper_cfg, model)
+        finally:
+            self.cfg.sync_bn = sync_bn
 
     def build_train_loop(self, loop: Any) -> Any:
         """``dict(by_epoch=True, ...)`` is our `EpochTrainLoop`; everything else as in mmengine."""

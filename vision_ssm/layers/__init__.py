@@ -7,7 +7,7 @@ from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from .gate import ChannelGate
 from .head import AttentionHead, DistilledHead, HiddenStateHead
 from .mlp import build_mlp
-from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm
+from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm, synchronize_batch_norms
 from .position import PositionTable, resample_position_table
 from .pyramid import SimplePyramid
 from .rotary import RotaryTable
@@ -42,4 +42,5 @@ __all__ = [
     "get_norm",
     "is_plain",
     "resample_position_table",
+    "synchronize_batch_norms",
 ]

@@ -1,7 +1,7 @@
 """Normalisation of channel-last maps."""
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, convert_sync_batchnorm
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +16,32 @@ class ChannelLastBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, C). Returns the same shape."""
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ChannelLastSyncBatchNorm(nn.SyncBatchNorm):
+    """`ChannelLastBatchNorm` with the statistics of all processes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, H, W, C). Returns the same shape."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def synchronize_batch_norms(model: nn.Module) -> nn.Module:
+    """`model` with every batch norm replaced by one that takes the statistics of all processes; weights are shared.
+
+    As `torch.nn.SyncBatchNorm.convert_sync_batchnorm`, which would lose the layout of channel-last norms and the
+    activations of timm's.
+    """
+    if isinstance(model, ChannelLastBatchNorm):
+        twin = ChannelLastSyncBatchNorm(model.num_features, model.eps, model.momentum)
+        twin.load_state_dict(model.state_dict())
+        twin.weight, twin.bias = model.weight, model.bias
+        return twin.train(model.training).to(model.weight.device)
+    if isinstance(model, nn.modules.batchnorm._BatchNorm) and not isinstance(model, nn.SyncBatchNorm):
+        return convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        setattr(model, name, synchronize_batch_norms(child))
+    return model
 
 
 class LayerNorm(nn.LayerNorm):

@@ -1,4 +1,5 @@
-# ImageNet-1K or any other photographs in the layout data_root/{train,val}/CLASS/*.jpg, at 128 x 128 with 3-Augment.
+# ImageNet-1K or any other photographs in the layout data_root/{train,val}/CLASS/*.jpg, at 128 x 128 with 3-Augment and
+# repeated augmentation: three copies of an image, each augmented anew, in one epoch of a third of the images.
 data_root = "data/imagenet"
 train_dataloader = dict(
     batch_size=128,
@@ -7,7 +8,7 @@ train_dataloader = dict(
     pin_memory=True,
     drop_last=True,
     collate_fn=dict(type="vision_ssm.collate"),
-    sampler=dict(type="vision_ssm.EpochSampler", shuffle=True),
+    sampler=dict(type="vision_ssm.RepeatedAugmentSampler", shuffle=True),
     dataset=dict(
         type="vision_ssm.ImageFolder",
         root=data_root,
