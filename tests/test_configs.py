@@ -14,7 +14,7 @@ from vision_ssm.data import build_transform
 from vision_ssm.engine.config import check_option
 from vision_ssm.engine.optim import ParameterGroups
 from vision_ssm.factory import find_family
-from vision_ssm.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
+from vision_ssm.registry import BACKBONES, DATA_SAMPLERS, DATASETS, FUNCTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # schedules without training
 
@@ -97,6 +97,23 @@ def test_bases_have_no_bases_and_are_all_used():
 def test_every_variant_has_a_config():
     configured = {re.sub(r"_\d+xb\d+_in1k$", "", path.stem) for path in LEAVES if path.stem.endswith("_in1k")}
     assert configured == {name for name in list_models() if not name.endswith("_micro")}
+
+
+def test_every_family_has_a_config_to_fine_tune_with():
+    """Weights of ImageNet as a start: few layers learn fast, and states are not decayed."""
+    tuned = {}
+    for path in CONFIGS.rglob("*_finetune.py"):
+        cfg = Config.fromfile(str(path))
+        model, wrapper = build(cfg)
+        tuned[type(model.backbone)] = wrapper
+        names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
+        kept = model.backbone.no_weight_decay()
+        groups = wrapper.optimizer.param_groups
+        for group in groups:
+            for name in (names[id(parameter)] for parameter in group["params"]):
+                assert name not in kept or group["weight_decay"] == 0, name
+        assert min(group["lr"] for group in groups) < 0.3 * max(group["lr"] for group in groups)
+    assert set(tuned) == set(BACKBONES.module_dict.values())
 
 
 def test_recipe_of_vmamba_on_imagenet():

@@ -278,3 +278,15 @@ def test_wrong_hyperparameters(change, error, message, official):
 def test_unknown_family(official):
     with pytest.raises(KeyError, match="unknown family 'vmambo'. Did you mean 'vmamba'"):
         vision_ssm.import_official("vmambo", CONFIG, official)
+
+
+@pytest.mark.parametrize("name", ["groupmamba_micro", "vcmamba_micro"])
+def test_fresh_classifier_in_place_of_a_distilled_one(name):
+    """Fine-tuning without a teacher has use for one classifier alone."""
+    taught = vision_ssm.create_model(name, num_classes=7)
+    model = vision_ssm.create_model(name, num_classes=3, distilled=False)
+    with pytest.raises(CheckpointError, match="not in the model: head.label.weight"):
+        load_state_dict(model, taught.state_dict())
+    report = load_state_dict(model, taught.state_dict(), reset_head=True)
+    assert "head.teacher.weight" in report.ignored["classifier of another form, re-initialised"]
+    assert report.complete and not any(key.startswith("head.") for key in report.loaded)

@@ -208,7 +208,8 @@ def load_state_dict(
         tensors: state dict under official names or ours.
         source: how messages call the state dict.
         strict: raise when a key is neither loaded nor ignored by a rule.
-        reset_head: keep the model's fresh classifier when the file's has another number of classes or none.
+        reset_head: keep the model's fresh classifier when the file's has another number of classes or another form (two
+            classifiers where there was a teacher, say), or when there is none.
 
     Raises:
         CheckpointError: another family's or variant's weights, or, if strict, any key left over.
@@ -222,6 +223,8 @@ def load_state_dict(
     for key, value in given.items():
         if key not in wanted:
             rule = _rule_for_extra(model, key)
+            if not rule and reset_head and key.startswith("head."):
+                rule = "classifier of another form, re-initialised"
             if rule:
                 report.ignored.setdefault(rule, []).append(key)
             else:
