@@ -26,7 +26,6 @@ from .sizes import ceil_div, power_of_2
 from .tiles import LN_2, LOG2_E, rounded, softplus_log2, softplus_slope, sum_products
 
 _FEW_PROGRAMS = 264  # below this many, sequences are cut into stretches
-_LARGEST_STATE = 8192  # numbers of a state in the registers of a program
 _SMALLEST = 16  # side of a matrix product
 _WARPS = 4  # measured: more hold less work each and wait for each other
 
@@ -336,8 +335,10 @@ class _Cut(NamedTuple):
 
 def _cut(length: int, width: int, states: int, half: bool, exact: bool, backward: bool) -> _Cut:
     rows = max(_SMALLEST, power_of_2(states))
-    columns = min(64, max(_SMALLEST, power_of_2(width)), max(_SMALLEST, _LARGEST_STATE // rows))
-    steps = 32 if half or not (exact or backward) else 16  # more do not fit into registers and shared memory
+    # more steps and columns do not fit into registers and shared memory
+    widest = 32 if exact else 64
+    columns = min(widest, max(_SMALLEST, power_of_2(width)), max(_SMALLEST, 128 * widest // rows))
+    steps = 32 if half or not (exact or backward) else 16
     return _Cut(min(steps, max(_SMALLEST, power_of_2(length))), rows, columns)
 
 
