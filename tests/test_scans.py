@@ -7,7 +7,7 @@ import torch
 import vision_ssm
 from vision_ssm.backbones.vmamba import convert_mixers, official_scan
 from vision_ssm.scans import MultiDirectionScan, build_scan, describe_scan, list_scans
-from vision_ssm.scans.core import _unpack
+from vision_ssm.scans.core import unpack
 
 SS2D_CASES = sorted(path.stem for path in (golden_cases.ROOT / "ops").glob("vmamba_ss2d_*.json"))
 
@@ -28,7 +28,7 @@ def test_gradients_side_by_side_are_not_copied():
     packed = torch.randn(2, 5, 3, 6, requires_grad=True)  # (B, L, K, R + 2N)
     gradient = torch.randn(2, 5, 3, 6)
     seen = []
-    views = _unpack(packed * 1, [4, 1, 1])
+    views = unpack(packed * 1, [4, 1, 1])
     views[0].grad_fn.next_functions[0][0].register_prehook(lambda grads: seen.append(grads[0]))
     parts = gradient.split([4, 1, 1], dim=-1)
     torch.autograd.backward(views, parts, retain_graph=True)

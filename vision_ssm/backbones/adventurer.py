@@ -9,7 +9,6 @@ and so its weights, reverse them in blocks 2 and 3 alone, which is what `reverse
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -18,9 +17,9 @@ from timm.layers import lecun_normal_, trunc_normal_
 from torch import nn
 
 from ..layers import PatchStem
-from ..registry import suggest
 from ..scans.causal import CausalScan
 from .base import ScanBlock, drop_path_rates, register_family, resolve_scan
+from .official import official_settings, rename
 from .plain import PlainBackbone
 
 _NORM_EPS = 1e-5
@@ -123,8 +122,7 @@ class Adventurer(PlainBackbone):
                 converted["pos_embed.table"] = value[:, :-1].mT.unflatten(2, (side, side))
                 converted["cls_token.positions"] = value[:, -1:]
                 continue
-            for pattern, replacement in _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS)
             converted[key] = value
         for key in [key for key in converted if ".mlp.w1." in key]:
             # values and gates are one layer here: (2 * hidden, C), the gates last
@@ -134,11 +132,7 @@ class Adventurer(PlainBackbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS))
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original Adventurer: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("Adventurer", config, _OFFICIAL_DEFAULTS)
         if given["ngroups"] != 1:
             raise ValueError(f"an original Adventurer has one group of B and C, got ngroups={given['ngroups']}")
         if given["norm_epsilon"] != _NORM_EPS:

@@ -31,6 +31,14 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [rates[start : start + depth] for start, depth in zip(starts, depths)]
 
 
+def stage_widths(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
+    """Width of each stage; one number is the first stage's, doubled from stage to stage."""
+    widths = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
+    if len(widths) != len(depths):
+        raise ValueError(f"dims and depths must have one entry per stage, got {widths} and {tuple(depths)}")
+    return widths
+
+
 def resolve_scan(scan: str | dict | Literal[False] | None, default: dict) -> dict | Literal[False]:
     """The scan of a block: `default`, another strategy, or `default` with some options replaced.
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, HiddenStateHead, LayerNorm, add_norm
-from ..registry import suggest
 from ..scans import build_scan
 from ..scans.hidden_state import HiddenStateMixer
 from .base import Backbone, Stage, register_family, resolve_scan
+from .official import official_settings, rename, stage_key
 
 _STRIDE = 16
 _SCAN = dict(type="hidden_state", inert_decay=True)
@@ -260,9 +260,8 @@ class EfficientViM(Backbone):
         )
         renamed = {}
         for key, value in state_dict.items():
-            for pattern, replacement in final_keys + _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
-            key = re.sub(r"^stages\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
+            key = rename(key, final_keys + _OFFICIAL_KEYS)
+            key = stage_key(key)
             if _NORM_OF_CHANNELS.search(key):
                 value = value.flatten()  # (1, C, 1) or (1, C, 1, 1)
             elif _LINEAR.search(key):
@@ -272,11 +271,7 @@ class EfficientViM(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS) - _WITHOUT_EFFECT)
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original EfficientViM: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("EfficientViM", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
         head = "weights" in keys
         return dict(
             depths=list(given["depths"]),

@@ -29,7 +29,8 @@ from ..layers import (
     get_norm,
 )
 from ..registry import suggest
-from .base import Backbone, Branch, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan
+from .base import Backbone, Branch, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan, stage_widths
+from .official import official_settings, rename, stage_key
 from .vmamba import convert_mixers
 
 _SCAN = dict(type="atrous", expand=2.0, state_dim=16)
@@ -118,9 +119,7 @@ class EfficientVMamba(Backbone):
         **common: Any,
     ):
         super().__init__(**common)
-        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        if len(dims) != len(depths):
-            raise ValueError(f"dims and depths must have one entry per stage, got {dims} and {tuple(depths)}")
+        dims = stage_widths(dims, depths)
         downsamples: dict[str, Callable[[int, int], nn.Module]] = {
             "merge": PatchMerging,
             "conv2": lambda dim, out_dim: ConvDownsample(dim, out_dim, 2, remainder=remainder),
@@ -154,20 +153,13 @@ class EfficientVMamba(Backbone):
                 stage, place, rest = late.groups()
                 part = f"blocks.{int(place) - 1}" if rest.startswith(("conv_", "se.")) else "downsample"
                 key = f"layers.{stage}.{part}.{rest}"
-            for pattern, replacement in _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
-            key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
-            (mixers if ".mixer." in key else others)[re.sub(r"^layers\.", "stages.", key)] = value
+            key = rename(key, _OFFICIAL_KEYS)
+            (mixers if ".mixer." in key else others)[stage_key(key)] = value
         return {**others, **convert_mixers(mixers)}
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        known = {**_OFFICIAL_DEFAULTS, **dict.fromkeys(_WITHOUT_EFFECT)}
-        unknown = sorted(set(config) - set(known))
-        if unknown:
-            hints = "".join(suggest(key, known, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original EfficientVMamba: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("EfficientVMamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
         downsamples = {"v1": "merge", "v2": "conv2"}
         if given["downsample_version"] not in downsamples:
             raise ValueError(

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..layers import ConvDownsample, ConvMlp, DeepConvStem, DistilledHead, build_mlp, get_norm
-from ..registry import suggest
 from ..scans import build_scan
 from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan
+from .official import official_settings, rename
 
 _GROUPS = 4
 _SCAN = dict(type="channel_groups")
@@ -176,8 +176,7 @@ class GroupMamba(Backbone):
         groups: dict[str, dict[str, torch.Tensor]] = {}
         for official, value in state_dict.items():
             key = official
-            for pattern, replacement in _OFFICIAL_KEYS + (_DISTILLED_KEYS if distilled else ()):
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS + (_DISTILLED_KEYS if distilled else ()))
             key = re.sub(r"^stages\.(\d+)\.", lambda match: f"stages.{int(match[1]) - 1}.", key)
             member = re.fullmatch(r"(.+\.mixer)\.mamba_g\d\.(.+)", key)
             if member and member[2] in _GROUP_KEYS:
@@ -194,14 +193,10 @@ class GroupMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        known = {*_OFFICIAL_REQUIRED, *_OFFICIAL_DEFAULTS, *_WITHOUT_EFFECT}
-        unknown, missing = sorted(set(config) - known), sorted(set(_OFFICIAL_REQUIRED) - set(config))
-        if unknown:
-            hints = "".join(suggest(key, known, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original GroupMamba: {', '.join(unknown)}.{hints}")
+        given = official_settings("GroupMamba", config, _OFFICIAL_DEFAULTS, {*_OFFICIAL_REQUIRED, *_WITHOUT_EFFECT})
+        missing = sorted(set(_OFFICIAL_REQUIRED) - set(config))
         if missing:
             raise ValueError(f"an original GroupMamba is described by {', '.join(missing)} as well")
-        given = {**_OFFICIAL_DEFAULTS, **config}
         head = any(key.startswith("head.") for key in keys)
         return dict(
             depths=list(given["depths"]),

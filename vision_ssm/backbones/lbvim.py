@@ -18,8 +18,9 @@ from torch import nn
 
 from ..layers import AttentionHead, get_norm
 from .base import register_family
+from .official import official_settings, rename
 from .vim import OFFICIAL_DEFAULTS as VIM_DEFAULTS
-from .vim import Vim, scan_sizes
+from .vim import WITHOUT_EFFECT, Vim, scan_sizes
 
 _SCAN = dict(type="local_bidirectional")
 
@@ -91,14 +92,13 @@ class LBVim(Vim):
         with_projections = any(key.startswith("out_map_") for key in state_dict)
         converted = {}
         for key, value in super().official_keys(state_dict).items():
-            for pattern, replacement in _OFFICIAL_KEYS + _OUT_NORM_KEYS[with_projections]:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS + _OUT_NORM_KEYS[with_projections])
             converted[key] = value
         return converted
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = cls.check_config(config, _OFFICIAL_DEFAULTS)
+        given = official_settings(cls.__name__, config, _OFFICIAL_DEFAULTS, WITHOUT_EFFECT)
         for name, value in _UNSUPPORTED.items():
             if given[name] != value:
                 raise ValueError(f"original LBVims have {name}={value!r}, all that are registered; got {given[name]!r}")

@@ -5,13 +5,14 @@ Source: github.com/hunto/LocalMamba (Apache-2.0), commit 75e5d1f0. The models ar
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
-from ..registry import SCANS, suggest
+from ..registry import SCANS
 from ..scans.windowed import WindowedScan, WindowedSequenceScan
+from .official import rename
 
 Directions = Sequence[str] | Sequence[Sequence[str]] | None
 """One list of directions for all blocks, one list for each block, or None: a search among all."""
@@ -79,26 +80,16 @@ def convert_gates(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     """Original names of channel gates and weights of a search as `WindowedCore` has them; other entries are kept."""
     converted = {}
     for key, value in state_dict.items():
-        for pattern, replacement in _GATE_KEYS:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _GATE_KEYS)
         converted[key] = value.flatten() if key.endswith(".direction_weights") else value
     return converted
 
 
 # of the originals' hyperparameters: these change nothing, or nothing that the state dict does not say
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     *("use_checkpoint", "pretrained", "residual_in_fp32", "fused_add_norm"),
     *("if_abs_pos_embed", "if_cls_token"),
 }
-
-
-def complete_config(config: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """An original's hyperparameters with its defaults; `ValueError` for one that it does not have."""
-    unknown = sorted(set(config) - set(defaults) - _WITHOUT_EFFECT)
-    if unknown:
-        hints = "".join(suggest(key, defaults, 1) for key in unknown)
-        raise ValueError(f"unknown hyperparameters of an original {name}: {', '.join(unknown)}.{hints}")
-    return {**defaults, **config}
 
 
 _PAPER = dict(license="apache-2.0", paper="arXiv:2403.09338")

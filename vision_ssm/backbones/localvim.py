@@ -22,14 +22,15 @@ from ..scans.sequence import TokenLayout
 from ..scans.windowed import FIXED, WindowedSequenceScan
 from .base import Branch, ScanBlock, drop_path_rates, register_family, resolve_scan
 from .localmamba import (
+    WITHOUT_EFFECT,
     Directions,
-    complete_config,
     convert_gates,
     official_directions,
     published,
     scans_of_blocks,
     searched_directions,
 )
+from .official import official_settings, rename
 from .plain import PlainBackbone
 
 _SCAN = dict(type="windowed_sequence", expand=2.0, state_dim=16)
@@ -144,8 +145,7 @@ class LocalVim(PlainBackbone):
             kept["pos_embed.table"] = positions
         renamed = {}
         for key, value in kept.items():
-            for pattern, replacement in _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS)
             renamed[key] = value
         return _join_directions(convert_gates(renamed))
 
@@ -167,7 +167,7 @@ class LocalVim(PlainBackbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = complete_config(config, _OFFICIAL_DEFAULTS, cls.__name__)
+        given = official_settings(cls.__name__, config, _OFFICIAL_DEFAULTS, WITHOUT_EFFECT)
         has_class_token = "cls_token" in keys
         if has_class_token and not given["use_middle_cls_token"]:
             raise ValueError("an original LocalVim has its class token in the middle: use_middle_cls_token=True")

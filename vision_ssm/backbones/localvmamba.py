@@ -19,14 +19,15 @@ from ..layers import PatchMerging, PatchStem
 from ..scans.windowed import FIXED
 from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan
 from .localmamba import (
+    WITHOUT_EFFECT,
     Directions,
-    complete_config,
     convert_gates,
     official_directions,
     published,
     scans_of_blocks,
     searched_directions,
 )
+from .official import official_settings
 from .vmamba import VMamba
 
 _SCAN = dict(type="windowed", expand=2.0, state_dim=16)
@@ -83,7 +84,7 @@ class LocalVMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = complete_config(config, _OFFICIAL_DEFAULTS, cls.__name__)
+        given = official_settings(cls.__name__, config, _OFFICIAL_DEFAULTS, WITHOUT_EFFECT)
         dense = not any(key.startswith("classifier.") for key in keys)
         return dict(
             depths=given["depths"],

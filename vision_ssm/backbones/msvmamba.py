@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..layers import ConvMlp, add_norm, get_norm
-from ..registry import suggest
 from .base import Branch, ScanBlock, register_family
+from .official import official_settings, rename
 from .vmamba import VMamba
 
 _V1_SCAN = dict(type="multi_scale", merge="norm_add", expand=2.0, state_dim=1, gate=True, channel_gate=True)
@@ -121,8 +121,7 @@ class MSVMamba(VMamba):
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         renamed = {}
         for key, value in state_dict.items():
-            for pattern, replacement in _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS)
             renamed[key] = value
         return super().official_keys(renamed)
 
@@ -131,14 +130,7 @@ class MSVMamba(VMamba):
         forward_type = config.get("forward_type", "")
         last = forward_type.startswith("vms") or bool(set(config) & (_V3_SWITCHES - _V1_SWITCHES))
         own = _V3_SWITCHES if last else _V1_SWITCHES
-        known = own | _COMMON
-        unknown = sorted(set(config) - known)
-        if unknown:
-            hints = "".join(suggest(key, known, 1) for key in unknown)
-            version = "last" if last else "first"
-            raise ValueError(
-                f"unknown hyperparameters of an original MSVMamba ({version} version): {', '.join(unknown)}.{hints}"
-            )
+        official_settings(f"MSVMamba ({'last' if last else 'first'} version)", config, {}, own | _COMMON)
         _refuse(config)
         core = "vms" if last else "v2"
         forward_type = forward_type or core

@@ -176,7 +176,7 @@ class PlainBackbone(Backbone):
     ) -> torch.Tensor:
         """Map of the block that left `x` and `branch`, (B, H, W, dim)."""
         if branch is not None:
-            x = branch[0]
+            x = branch[0] if self.feature_source == "mixer" else x + branch[0]
         if layout is not None:
             x = layout.split(x)[0].unflatten(1, size)  # (B, L, dim) -> (B, H, W, dim)
         return x
@@ -191,9 +191,8 @@ class PlainBackbone(Backbone):
             x, branch = self.run_block(i, x, branch, layout)
             if i in wanted:
                 if branch is not None and self.feature_source == "stream":
-                    # now, so that the map is what the next block sees: drop path draws once
                     values, drop_path = branch
-                    x, branch = x + drop_path(values), None
+                    branch = drop_path(values), nn.Identity()  # it draws once, so the map is what the next block sees
                 maps[i] = self._block_map(x, branch, layout, size)
         return maps, (x, branch, layout)
 

@@ -23,6 +23,7 @@ from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, PatchStem, get_norm
 from ..registry import suggest
 from ..scans.sequence import TokenLayout
 from .base import Branch, ScanBlock, _add, drop_path_rates, register_family, resolve_scan
+from .official import official_settings, rename
 from .plain import PlainBackbone
 
 _PATCH_SIZE = 16
@@ -164,8 +165,7 @@ class PlainMamba(PlainBackbone):
         for key, value in state_dict.items():
             if key.startswith("ema_"):  # mmcv's averaging hook keeps the weights as trained beside the averaged ones
                 continue
-            for pattern, replacement in _OFFICIAL_KEYS + OFFICIAL_MIXER_KEYS:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS + OFFICIAL_MIXER_KEYS)
             conv = re.match(r"patch_embed\.convs\.(\d+)\.(.+)", key)
             if conv:  # convolution, norm and activation in turns, behind the first convolution
                 number, part = divmod(int(conv[1]), 3)
@@ -177,16 +177,13 @@ class PlainMamba(PlainBackbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS))
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original PlainMamba: {', '.join(unknown)}.{hints}")
+        given = official_settings("PlainMamba", config, _OFFICIAL_DEFAULTS)
         arch = config.get("arch") or {}
         if isinstance(arch, str):
             if arch not in _OFFICIAL_ARCHS:
                 raise ValueError(f"unknown arch {arch!r} of an original PlainMamba.{suggest(arch, _OFFICIAL_ARCHS)}")
             arch = _OFFICIAL_ARCHS[arch]
-        given = {**_OFFICIAL_DEFAULTS, **arch, **config}
+        given.update({**arch, **config})
         if given["patch_size"] != _PATCH_SIZE:
             raise ValueError(f"the patches of PlainMamba are {_PATCH_SIZE} x {_PATCH_SIZE}, got {given['patch_size']}")
         depth = given["num_layers"]

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..layers import InvertedDownsample, ResidualConvStem
-from ..registry import suggest
-from .base import Backbone, PositionConvBlock, Stage, drop_path_rates, register_family, resolve_scan
+from .base import Backbone, PositionConvBlock, Stage, drop_path_rates, register_family, resolve_scan, stage_widths
+from .official import official_settings, rename, stage_key
 
 _STEM_STRIDE = 4
 _SCAN = dict(type="state_fusion", expand=2.0)
@@ -50,9 +50,7 @@ class SpatialMamba(Backbone):
         **common: Any,
     ):
         super().__init__(**common)
-        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        if len(dims) != len(depths):
-            raise ValueError(f"dims and depths must have one entry per stage, got {dims} and {tuple(depths)}")
+        dims = stage_widths(dims, depths)
         spec = resolve_scan(scan, _SCAN)
         self.stem = ResidualConvStem(self.in_chans, dims[0])
         self.stages = nn.ModuleList()
@@ -73,10 +71,8 @@ class SpatialMamba(Backbone):
             return dict(state_dict)
         renamed = {}
         for key, value in state_dict.items():
-            for pattern, replacement in _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
-            key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
-            key = re.sub(r"^layers\.", "stages.", key)
+            key = rename(key, _OFFICIAL_KEYS)
+            key = stage_key(key)
             of_route = re.search(r"\.core\.(x_proj_weight|dt_proj_weight|dt_proj_bias|A_log|D)$", key)
             renamed[key] = value.unsqueeze(0) if of_route else value  # parameters of the core are stored per route
         for key in [key for key in renamed if key.endswith(_FUSION_KERNELS[0])]:
@@ -87,11 +83,7 @@ class SpatialMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS) - _WITHOUT_EFFECT)
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original Spatial-Mamba: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("Spatial-Mamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
         if given["d_state"] != 1:
             raise ValueError(f"d_state={given['d_state']} never worked in the original: it fuses one state per channel")
         if given["patch_size"] != _STEM_STRIDE:

@@ -27,9 +27,9 @@ from ..layers import (
     get_activation,
     get_norm,
 )
-from ..registry import suggest
 from ..scans.sequence import TokenLayout
 from .base import Backbone, Branch, ScanBlock, Stage, _add, drop_path_rates, register_family, resolve_scan
+from .official import official_settings, rename
 from .plainmamba import OFFICIAL_MIXER_KEYS
 
 _STRIDES = (4, 8, 16, 32)
@@ -205,8 +205,7 @@ class VCMamba(Backbone):
         renamed = {}
         for key, value in state_dict.items():
             key = re.sub(r"^network\.(\d+)\.", lambda match: _STAGE_PREFIXES[int(match[1])], key)
-            for pattern, replacement in patterns:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, patterns)
             if key.endswith((".fc1.weight", ".fc2.weight")):
                 value = value.flatten(1)  # 1x1 convolutions
             renamed[key] = value.flatten() if key.endswith(".layer_scale") else value
@@ -214,11 +213,7 @@ class VCMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS))
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original VCMamba: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("VCMamba", config, _OFFICIAL_DEFAULTS)
         for name, only in _OFFICIAL_CONSTANTS.items():
             value = tuple(given[name]) if isinstance(given[name], list) else given[name]
             if value != only:
@@ -277,7 +272,7 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     resolution=224,
     if_abs_pos_embed=True,
     num_classes=1000,
-    distilled=True,
+    distillation=True,
     use_layer_scale=True,
     layer_scale_init_value=1e-5,
     drop_path_rate=0.0,

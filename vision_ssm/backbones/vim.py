@@ -22,6 +22,7 @@ from ..layers import PatchStem, RotaryTable, get_norm
 from ..registry import suggest
 from ..scans.sequence import TokenLayout
 from .base import Branch, ScanBlock, drop_path_rates, register_family, resolve_scan
+from .official import official_settings, rename
 from .plain import PlainBackbone
 
 _SCAN = dict(type="bidirectional", average=True)
@@ -205,8 +206,7 @@ class Vim(PlainBackbone):
         for key, value in state_dict.items():
             if key.startswith("rope."):
                 continue  # computed
-            for pattern, replacement in _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
+            key = rename(key, _OFFICIAL_KEYS)
             renamed[key] = value
         if "cls_token_head" in renamed:
             tokens = renamed.pop("cls_token_head"), renamed.pop("cls_token_tail")
@@ -215,7 +215,7 @@ class Vim(PlainBackbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = cls.check_config(config, OFFICIAL_DEFAULTS)
+        given = official_settings(cls.__name__, config, OFFICIAL_DEFAULTS, WITHOUT_EFFECT)
         both = "layers.0.mixer.A_b_log" in keys
         kind = "v1" if given["if_bimamba"] else given["bimamba_type"]
         if kind not in _DIRECTIONS:
@@ -235,15 +235,6 @@ class Vim(PlainBackbone):
             ),
             **cls.dense_options(given, keys),
         )
-
-    @classmethod
-    def check_config(cls, config: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-        """The original's hyperparameters, with its defaults."""
-        unknown = sorted(set(config) - set(defaults) - _WITHOUT_EFFECT)
-        if unknown:
-            hints = "".join(suggest(key, defaults, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original {cls.__name__}: {', '.join(unknown)}.{hints}")
-        return {**defaults, **config}
 
     @classmethod
     def shared_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
@@ -358,7 +349,7 @@ def scan_sizes(given: dict[str, Any]) -> dict[str, Any]:
 _DIRECTIONS = {"v2": "both", "v1": "shared", "none": "forward"}
 _SEGMENTATION_INDICES = (5, 11, 17, 23)
 # precision and speed, or training alone
-_WITHOUT_EFFECT = {"residual_in_fp32", "fused_add_norm", "flip_img_sequences_ratio", "drop_rate", "if_fpn"}
+WITHOUT_EFFECT = {"residual_in_fp32", "fused_add_norm", "flip_img_sequences_ratio", "drop_rate", "if_fpn"}
 OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     img_size=224,
     patch_size=16,

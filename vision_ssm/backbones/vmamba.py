@@ -19,7 +19,8 @@ from torch import nn
 
 from ..layers import ConvDownsample, ConvStem, PatchMerging, PatchStem, PositionTable
 from ..registry import suggest
-from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan
+from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan, stage_widths
+from .official import official_settings, rename, stage_key
 
 _PATCH_SIZE = 4
 _V0_SCAN = dict(type="multi_direction", expand=2.0, state_dim=16)
@@ -83,9 +84,7 @@ class VMamba(Backbone):
         **common: Any,
     ):
         super().__init__(**common)
-        dims = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        if len(dims) != len(depths):
-            raise ValueError(f"dims and depths must have one entry per stage, got {dims} and {tuple(depths)}")
+        dims = stage_widths(dims, depths)
         stem_norm_name = norm if stem_norm else "none"
         stems: dict[str, Callable[[], nn.Module]] = {
             "conv": lambda: ConvStem(self.in_chans, dims[0], patch_size, stem_norm_name),
@@ -142,21 +141,14 @@ class VMamba(Backbone):
         overlapping_stem = "patch_embed.5.weight" in state_dict
         renamed = {}
         for key, value in state_dict.items():
-            for pattern, replacement in _VANILLA_KEYS:
-                key = re.sub(pattern, replacement, key)
-            for pattern, replacement in _STEM_KEYS[overlapping_stem] + _OFFICIAL_KEYS:
-                key = re.sub(pattern, replacement, key)
-            key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
-            renamed[re.sub(r"^layers\.", "stages.", key)] = value
+            key = rename(key, _VANILLA_KEYS)
+            key = rename(key, _STEM_KEYS[overlapping_stem] + _OFFICIAL_KEYS)
+            renamed[stage_key(key)] = value
         return convert_mixers(renamed)
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS) - _WITHOUT_EFFECT)
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original VMamba: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("VMamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
         norm = _lookup("norm_layer", str(given["norm_layer"]).lower(), {"ln": "layer", "ln2d": "layer", "bn": "batch"})
         head = any(re.match(r"^(classifier|head)\.", key) for key in keys)
         options = dict(
@@ -250,8 +242,7 @@ def convert_mixers(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     """
     converted = {}
     for key, value in state_dict.items():
-        for pattern, replacement in _MIXER_KEYS:
-            key = re.sub(pattern, replacement, key)
+        key = rename(key, _MIXER_KEYS)
         if value.ndim == 4 and value.shape[2:] == (1, 1) and re.search(r"(_proj|fc1|fc2|head|reduction)\.weight$", key):
             value = value.flatten(1)
         converted[key] = value

@@ -21,6 +21,7 @@ from ..layers import ChannelLastConv2d, ConvDownsample, InvertedDownsample, Patc
 from ..registry import suggest
 from ..scans.noncausal_ssd import NonCausalSSD
 from .base import Backbone, PositionConvBlock, Stage, drop_path_rates, register_family, resolve_scan
+from .official import official_settings, rename, stage_key
 
 _STRIDE = 4
 _SCAN = dict(type="noncausal_ssd", state_dim=64)
@@ -127,19 +128,13 @@ class VSSD(Backbone):
         downsample = "inverted" if any(".downsample.conv.1." in key for key in state_dict) else "conv"
         renamed = {}
         for key, value in state_dict.items():
-            for pattern, replacement in _STEM_KEYS[stem] + _DOWNSAMPLE_KEYS[downsample] + _BLOCK_KEYS:
-                key = re.sub(pattern, replacement, key)
-            key = re.sub(r"^layers\.(\d+)\.downsample", lambda match: f"stages.{int(match[1]) + 1}.downsample", key)
-            renamed[re.sub(r"^layers\.", "stages.", key)] = value
+            key = rename(key, _STEM_KEYS[stem] + _DOWNSAMPLE_KEYS[downsample] + _BLOCK_KEYS)
+            renamed[stage_key(key)] = value
         return renamed
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        unknown = sorted(set(config) - set(_OFFICIAL_DEFAULTS) - _WITHOUT_EFFECT)
-        if unknown:
-            hints = "".join(suggest(key, _OFFICIAL_DEFAULTS, 1) for key in unknown)
-            raise ValueError(f"unknown hyperparameters of an original VSSD: {', '.join(unknown)}.{hints}")
-        given = {**_OFFICIAL_DEFAULTS, **config}
+        given = official_settings("VSSD", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
         if given["patch_size"] != _STRIDE:
             raise ValueError(f"patch_size of an original VSSD is {_STRIDE}, got {given['patch_size']!r}")
         if given["conv_init"] is not None:

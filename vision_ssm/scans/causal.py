@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..layers import CausalConv1d, RMSNorm
 from ..ops.ssd import ssd
 from ..registry import SCANS
-from .core import _SSD_CHUNK, _decay_rate, initial_dt_bias
+from .core import _SSD_CHUNK, decay_rate, initial_dt_bias
 from .sequence import SequenceScan, TokenLayout
 
 _HEAD_DIM = 64
@@ -85,7 +85,7 @@ class CausalScan(SequenceScan):
         y: torch.Tensor = ssd(  # type: ignore[assignment]  # one tensor, as no final states are asked for
             x.unflatten(-1, (self.heads, -1)),  # (B, T, D) -> (B, T, heads, P)
             dt,
-            _decay_rate(self.A_log),
+            decay_rate(self.A_log),
             b.unsqueeze(2),  # (B, T, 1, N): all heads share B and C
             c.unsqueeze(2),
             D=self.D,

@@ -24,7 +24,7 @@ from ..layers import (
 )
 from ..ops.scan_2d import scan_2d
 from ..registry import SCANS, suggest
-from .core import RouteCore, _decay_rate, _unpack, initial_dt_bias, resolve_dt_rank
+from .core import RouteCore, decay_rate, initial_dt_bias, resolve_dt_rank, unpack
 from .routes import RouteTable, Snake
 
 _MOVES = 5
@@ -123,14 +123,14 @@ class ContinuousCore(RouteCore):
             projected = projected.unsqueeze(2)  # (B, L, 1 or K, R+2N)
         # added to all columns, so that the three parts still lie side by side
         bias = F.pad(self.direction_bias, (self.dt_rank, self.state_dim))[table.move.t()]  # (L, K, R+2N)
-        low_rank, b, c = _unpack(projected + bias, [self.dt_rank, self.state_dim, self.state_dim])
+        low_rank, b, c = unpack(projected + bias, [self.dt_rank, self.state_dim, self.state_dim])
         options: dict[str, Any] = {}
         if norm is not None:
             options = dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
         return scan_2d(
             x,
             low_rank,
-            _decay_rate(self.A_log).expand(routes, -1, -1),
+            decay_rate(self.A_log).expand(routes, -1, -1),
             b,
             c,
             self.D.expand(routes, -1),

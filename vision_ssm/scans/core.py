@@ -39,7 +39,7 @@ def _uniform(*shape: int, bound: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
-def _decay_rate(log_rate: torch.Tensor) -> torch.Tensor:
+def decay_rate(log_rate: torch.Tensor) -> torch.Tensor:
     """-exp(log_rate), in float32 at least: half precision would round the decays of a whole image's length."""
     return -torch.exp(log_rate.to(torch.promote_types(log_rate.dtype, torch.float32)))
 
@@ -62,7 +62,7 @@ class _Unpack(torch.autograd.Function):
         return first.as_strided((*first.shape[:-1], width), first.stride()), None
 
 
-def _unpack(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def unpack(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and packed.requires_grad):
         return packed.split(sizes, dim=-1)
     return _Unpack.apply(packed, sizes)
@@ -162,12 +162,12 @@ class S6Core(RouteCore):
             projected = torch.einsum("blkd,kpd->blkp", x, weight)  # (B, L, K, R+2N)
         else:
             projected = F.linear(x, weight.flatten(0, 1)).view(*x.shape[:2], *weight.shape[:2])  # (B, L, K, R+2N)
-        low_rank, b, c = _unpack(projected, [self.dt_rank, self.state_dim, self.state_dim])
+        low_rank, b, c = unpack(projected, [self.dt_rank, self.state_dim, self.state_dim])
         options = {} if norm is None else dict(norm_weight=norm.weight, norm_bias=norm.bias, norm_eps=norm.eps)
         return scan_2d(
             x,
             low_rank,
-            _decay_rate(self.of_routes("A_log", table)),
+            decay_rate(self.of_routes("A_log", table)),
             b,
             c,
             self.of_routes("D", table),
@@ -224,7 +224,7 @@ class SSDCore(RouteCore):
         y: torch.Tensor = ssd(  # type: ignore[assignment]  # one tensor, as no final states are asked for
             u.reshape(-1, segment, count * self.heads, dim // self.heads),
             dt.reshape(-1, segment, count * self.heads),
-            _decay_rate(self.of_routes("A_log", table)).flatten(),
+            decay_rate(self.of_routes("A_log", table)).flatten(),
             b,
             c,
             D=self.of_routes("D", table).flatten(0, 1),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..layers import CausalConv1d
 from ..ops.local_selective_scan import local_scan
 from ..registry import SCANS
-from .core import S6Core, _decay_rate, _unpack, resolve_dt_rank
+from .core import S6Core, decay_rate, resolve_dt_rank, unpack
 from .routes import build_routes
 from .sequence import SequenceScan, TokenLayout
 
@@ -26,11 +26,11 @@ class _LocalCore(S6Core):
     def forward(self, x: torch.Tensor, norm: nn.LayerNorm | None = None) -> torch.Tensor:
         """x: (B, T, dim). Returns the same shape, float32 (float64 for float64 input)."""
         x = x.unsqueeze(2)  # (B, T, 1, dim)
-        low_rank, b, c = _unpack(F.linear(x, self.x_proj_weight[0]), [self.dt_rank, self.state_dim, self.state_dim])
+        low_rank, b, c = unpack(F.linear(x, self.x_proj_weight[0]), [self.dt_rank, self.state_dim, self.state_dim])
         y = local_scan(
             x,
             low_rank,
-            _decay_rate(self.A_log),
+            decay_rate(self.A_log),
             b,
             c,
             self.D,

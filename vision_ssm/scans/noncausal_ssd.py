@@ -12,7 +12,7 @@ from torch import nn
 from ..layers import DepthwiseConv2d, LayerNorm, add_norm
 from ..ops import noncausal_ssd, ssd
 from ..registry import SCANS, suggest
-from .core import _decay_rate, initial_dt_bias
+from .core import decay_rate, initial_dt_bias
 
 _HEAD_DIM = 64
 _ORDERS = ("none", "raster", "bidirectional")
@@ -95,7 +95,7 @@ class NonCausalSSD(nn.Module):
 
         Returns (B, L, heads, P) in float32 (float64 for float64 input).
         """
-        rate = _decay_rate(self.A_log)
+        rate = decay_rate(self.A_log)
         options = dict(D=self.D, dt_bias=self.dt_bias, dt_softplus=True)
         if self.order == "none":
             return noncausal_ssd(x, dt, rate if self.positive_weights else -rate, b, c, **options)

@@ -12,7 +12,7 @@ from ..layers import DepthwiseConv2d, LayerNorm, add_norm
 from ..ops.scan_2d import scan_2d
 from ..ops.state_fusion import state_fusion
 from ..registry import SCANS
-from .core import S6Core, _decay_rate, resolve_dt_rank
+from .core import S6Core, decay_rate, resolve_dt_rank
 from .routes import Routes, build_routes
 
 
@@ -37,7 +37,7 @@ class StateFusionCore(S6Core):
         states = scan_2d(
             tokens,
             low_rank,
-            _decay_rate(self.A_log),
+            decay_rate(self.A_log),
             b,
             torch.ones_like(c),  # the output is the state itself
             read=table.read,
