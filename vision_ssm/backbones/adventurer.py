@@ -67,13 +67,15 @@ class Adventurer(PlainBackbone):
     ):
         super().__init__(class_tokens=class_tokens, **common)
         spec = resolve_scan(scan, _SCAN)
-        own = spec is not False and spec["type"] in ("causal", "CausalScan")
+        reversed_spec = spec
+        if spec is not False and spec["type"] in ("causal", "CausalScan"):
+            reversed_spec = {**spec, "reverse": True}
         self.stem = PatchStem(self.in_chans, dim, patch_size, norm="none")
         rates = [0.0, *drop_path_rates(drop_path_rate, [depth])[0]]
         blocks = [
             ScanBlock(
                 dim,
-                {**spec, "reverse": True} if own and i in reversed_blocks else spec,
+                reversed_spec if i in reversed_blocks else spec,
                 norm=norm,
                 norm_eps=_NORM_EPS,
                 mlp_ratio=mlp_ratio,

@@ -211,7 +211,7 @@ class Backbone(nn.Module):
     """Constructor keywords of every published variant, and of the family's small test variant."""
     published: ClassVar[dict[str, dict[str, Any]]]
     """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
-    classifier_key: ClassVar[str] = "head.weight"
+    classifier_key: str = "head.weight"
     """A tensor of the classifier whose first size is the number of classes."""
     classifier_parts: ClassVar[tuple[str, ...]] = ("norm.", "head.")
     """What a classifier has and a `features_only` model has not: the beginnings of the names of its parameters."""
@@ -276,7 +276,7 @@ class Backbone(nn.Module):
             norm: norm of the final map, and of each feature map of a `features_only` model.
             norm_eps: epsilon of these norms.
         """
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             for i, (dim, reduction) in enumerate(zip(dims, reductions))
         ]

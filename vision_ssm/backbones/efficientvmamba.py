@@ -29,6 +29,7 @@ from ..layers import (
     get_norm,
 )
 from ..registry import suggest
+from ..scans.sequence import TokenLayout
 from .base import Backbone, Branch, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan, stage_widths
 from .official import official_settings, rename, stage_key
 from .vmamba import convert_mixers
@@ -52,7 +53,9 @@ class DualBranchBlock(ScanBlock):
         )
         self.channel_gate = ChannelGate(dim)
 
-    def forward(self, x: torch.Tensor, branch: Branch | None = None) -> tuple[torch.Tensor, Branch | None]:
+    def forward(
+        self, x: torch.Tensor, branch: Branch | None = None, layout: TokenLayout | None = None
+    ) -> tuple[torch.Tensor, Branch | None]:
         """As `ScanBlock.forward`, on maps alone."""
         x, normed = add_norm(self.norm1, x, *(branch or ()))
         y = self.channel_gate(self.conv_branch(normed).flatten(1, 2))  # (B, H*W, dim)
@@ -147,7 +150,8 @@ class EfficientVMamba(Backbone):
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if any(key.startswith("stages.") for key in state_dict):
             return dict(state_dict)
-        mixers, others = {}, {}
+        mixers: dict[str, torch.Tensor] = {}
+        others: dict[str, torch.Tensor] = {}
         for key, value in state_dict.items():
             if late := re.match(r"layers\.(\d+)\.(\d+)\.(.+)", key):  # flat: permute, blocks, permute, downsampling
                 stage, place, rest = late.groups()

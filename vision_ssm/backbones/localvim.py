@@ -158,7 +158,7 @@ class LocalVim(PlainBackbone):
             if table.shape[1] == math.prod(grid):
                 ours["pos_embed.table"] = table.mT.unflatten(2, grid)
         norms = [key for key in ours if key.startswith("outnorm_")]
-        numbers = {int(re.match(r"outnorm_(\d+)", key)[1]) for key in norms}
+        numbers = {int(key.split(".")[0].removeprefix("outnorm_")) for key in norms}
         counted = numbers == set(range(len(self.out_indices)))  # otherwise they are numbers of blocks
         for key in norms:
             number, leaf = key.removeprefix("outnorm_").split(".")
@@ -224,7 +224,8 @@ _DIRECTION_KEY = re.compile(r"(stages\.\d+\.mixer\.)(A_log|D|x_proj|dt_proj|conv
 
 def _join_directions(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters that the original numbers by direction, joined to one tensor for all of them."""
-    joined, parts = {}, {}
+    joined: dict[str, torch.Tensor] = {}
+    parts: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     for key, value in state_dict.items():
         match = _DIRECTION_KEY.match(key)
         if match is None:

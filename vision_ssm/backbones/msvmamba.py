@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..layers import ConvMlp, add_norm, get_norm
+from ..scans.sequence import TokenLayout
 from .base import Branch, ScanBlock, register_family
 from .official import official_settings, rename
 from .vmamba import VMamba
@@ -56,7 +57,9 @@ class ConvMlpBlock(ScanBlock):
                 self.norm2 = get_norm(norm, dim)
             self.conv_mlp = ConvMlp(dim, int(dim * conv_mlp_ratio), residual=True, dropout=conv_mlp_dropout)
 
-    def forward(self, x: torch.Tensor, branch: Branch | None = None) -> tuple[torch.Tensor, Branch | None]:
+    def forward(
+        self, x: torch.Tensor, branch: Branch | None = None, layout: TokenLayout | None = None
+    ) -> tuple[torch.Tensor, Branch | None]:
         """As `ScanBlock.forward`, on maps alone."""
         x, branch = super().forward(x, branch)
         if self.conv_mlp is None:
@@ -95,7 +98,7 @@ class MSVMamba(VMamba):
     ):
         # known before the blocks are built, which the base class does
         self.multi_scale_stages = None if multi_scale_stages is None else frozenset(multi_scale_stages)
-        self.block_options = dict(
+        self.block_options: dict[str, Any] = dict(
             conv_mlp_ratio=conv_mlp_ratio, conv_mlp_dropout=conv_mlp_dropout, post_norm=post_norm
         )
         super().__init__(mlp_ratio=mlp_ratio, **options)

@@ -1,7 +1,7 @@
 """What all families need to read hyperparameters and state dicts of original repositories."""
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from ..registry import suggest
@@ -29,7 +29,7 @@ def official_settings(
     return {**defaults, **config}
 
 
-def rename(key: str, patterns: Iterable[tuple[str, str]]) -> str:
+def rename(key: str, patterns: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
     """A key of a state dict after all substitutions of regular expressions by replacements, in their order."""
     for pattern, replacement in patterns:
         key = re.sub(pattern, replacement, key)

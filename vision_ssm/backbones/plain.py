@@ -121,7 +121,8 @@ class PlainBackbone(Backbone):
         kind = self.class_tokens
         count = converted["cls_token.tokens"].shape[1] if "cls_token.tokens" in converted else 0
         if count != len(TokenLayout(1, 1, kind).positions):  # a model without the class tokens of the file
-            kind = {0: "none", 1: self.variants.get(self.variant, {}).get("class_tokens", "first"), 2: "double"}[count]
+            one = self.variants.get(self.variant or "", {}).get("class_tokens", "first")
+            kind = {0: "none", 1: one, 2: "double"}[count]
         cells = rows.shape[1] - count
         height, width = (cells, 1) if self.pos_embed is None else self.pos_embed.table.shape[2:]
         if height * width != cells:
@@ -143,7 +144,7 @@ class PlainBackbone(Backbone):
     def out_info(self) -> list[dict[str, Any]]:
         if self.pyramid is None:
             return super().out_info
-        stride = self.feature_info[0]["reduction"]
+        stride: int = self.feature_info[0]["reduction"]
         return [
             dict(num_chs=self.num_features, reduction=int(stride / scale), module=f"pyramid.levels.{i}")
             for i, scale in enumerate(SCALES)
@@ -230,7 +231,7 @@ class PlainBackbone(Backbone):
         """features: of `forward_features`. Returns the vector that the classifier sees, (B, C)."""
         if features.dim() == 4:
             return features.mean(dim=(2, 3))
-        count = self.cls_token.tokens.shape[1]
+        count = 0 if self.cls_token is None else self.cls_token.tokens.shape[1]
         positions = TokenLayout(1, features.shape[1] - count, self.class_tokens).positions
         return torch.stack([features[:, place] for place in positions]).mean(0)
 

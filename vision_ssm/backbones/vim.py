@@ -115,10 +115,11 @@ class Vim(PlainBackbone):
             raise ValueError(f"pairs need an even number of blocks, got depth={depth}")
         self.stem = PatchStem(self.in_chans, dim, patch_size, "none", remainder, stride)
         spec = resolve_scan(scan, self.own_scan)
-        own = spec is not False and spec["type"] in self.own_scan_names
         blocks: list[nn.Module] = []
         for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
-            options = {**spec, **self.block_options(i, pairs)} if own else spec
+            options = spec
+            if options is not False and options["type"] in self.own_scan_names:
+                options = {**options, **self.block_options(i, pairs)}
             blocks.append(ScanBlock(dim, options, norm=norm, norm_eps=norm_eps, mlp_ratio=0.0, drop_path=rate))
         for block in blocks:
             if isinstance(getattr(block.mixer, "out_proj", None), nn.Linear):
@@ -127,7 +128,7 @@ class Vim(PlainBackbone):
         if pairs:
             blocks = [PairBlock(*pair) for pair in zip(blocks[::2], blocks[1::2])]
         grid = self.stem.grid_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
-        self.rotary = None if rotary == "none" else RotaryTable(dim, *grid)
+        self.rotary: nn.Module | None = None if rotary == "none" else RotaryTable(dim, *grid)
         self.turns_stream = rotary == "stream"
         end_norm = "layer" if self.features_only else norm  # output norms are layer norms, whatever the blocks have
         self.finish_plain(blocks, dim, self.stem.stride, grid if pos_embed else None, end_norm, norm_eps)
@@ -159,14 +160,15 @@ class Vim(PlainBackbone):
         self, index: int, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None
     ) -> tuple[torch.Tensor, Branch | None]:
         """As `PlainBackbone.run_block`, behind the rotary positions."""
-        if self.rotary is not None:
-            if branch is None or self.turns_stream:
-                x = self._turn(x, layout)
-            if branch is not None:
-                branch = self._turn(branch[0], layout), branch[1]
+        if branch is None or self.turns_stream:
+            x = self._turn(x, layout)
+        if branch is not None:
+            branch = self._turn(branch[0], layout), branch[1]
         return super().run_block(index, x, branch, layout)
 
     def _turn(self, tokens: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
+        if self.rotary is None:
+            return tokens
         if layout is None:
             return self.rotary(tokens)
         patches, class_tokens = layout.split(tokens)

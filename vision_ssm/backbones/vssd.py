@@ -10,7 +10,7 @@ width of its first stage; `vssd_micro` is, as in every family, the small model f
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,11 +98,12 @@ class VSSD(Backbone):
             "ssd": lambda count: {"heads": count, **own} if own and own["type"] in _OWN_SCAN else own,
             "attention": lambda count: {"type": "attention", "heads": count},
         }
-        for keyword, value, choices in (
+        switches: list[tuple[str, str, Mapping[str, Any]]] = [
             ("stem", stem, stems),
             ("downsample", downsample, downsamples),
             *(("mixer", mixer, specs) for mixer in mixers),
-        ):
+        ]
+        for keyword, value, choices in switches:
             if value not in choices:
                 raise ValueError(f"unknown {keyword} {value!r}.{suggest(str(value), choices)}")
         widths = [dims * 2**i for i in range(len(depths))]

@@ -66,7 +66,8 @@ def forward(x: Tensor, *inputs: Any) -> Tensor:
     if not ahead:
         return y
     y += torch.ops.vision_ssm.scan_2d(*ahead[0])[0][:, : x.shape[1]]
-    delta, _, B, C, _, dt_weight, dt_bias = _widened(x, inputs[:7])
+    delta, B, C = (inputs[i].to(work_dtype(x)) for i in (0, 2, 3))
+    dt_weight, dt_bias = _widened(x, inputs[5:7])
     steps = _steps(delta, dt_weight, dt_bias)
     steps = F.softplus(steps) if inputs[7] else steps
     return y.addcmul_((B * C).sum(-1, keepdim=True), steps * x.to(y.dtype), value=-1)  # a step's own input
@@ -99,7 +100,8 @@ def _scan_gradients(grad_y: Tensor, arguments: tuple[Any, ...]) -> dict[str, Ten
 
 def _own_gradients(grad_y: Tensor, x: Tensor, *inputs: Any) -> dict[str, Tensor]:
     """Gradients of ``<B, C> * steps * x``."""
-    delta, _, B, C, _, dt_weight, dt_bias = _widened(x, inputs[:7])
+    delta, B, C = (inputs[i].to(work_dtype(x)) for i in (0, 2, 3))
+    dt_weight, dt_bias = _widened(x, inputs[5:7])
     raw, x = _steps(delta, dt_weight, dt_bias), x.to(grad_y.dtype)
     steps = F.softplus(raw) if inputs[7] else raw
     scale = (B * C).sum(-1, keepdim=True)  # (B, L, K, 1)

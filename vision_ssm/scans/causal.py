@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..layers import CausalConv1d, RMSNorm
 from ..ops.ssd import ssd
 from ..registry import SCANS
-from .core import _SSD_CHUNK, decay_rate, initial_dt_bias
+from .core import SSD_CHUNK, decay_rate, initial_dt_bias
 from .sequence import SequenceScan, TokenLayout
 
 _HEAD_DIM = 64
@@ -91,7 +91,7 @@ class CausalScan(SequenceScan):
             D=self.D,
             dt_bias=self.dt_bias,
             dt_softplus=True,
-            chunk_size=_SSD_CHUNK,
+            chunk_size=SSD_CHUNK,
         )
         y = y.flatten(2)  # (B, T, D)
         y = y.to(torch.promote_types(y.dtype, torch.bfloat16)) * F.silu(z)  # float16 would be too narrow for products

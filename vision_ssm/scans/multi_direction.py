@@ -10,7 +10,7 @@ from torch import nn
 from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, get_activation, is_plain
 from ..registry import SCANS, suggest
 from .core import S6Core, SSDCore, resolve_dt_rank
-from .routes import build_routes
+from .routes import Routes, build_routes
 
 
 class SpatialSoftmax(nn.Module):
@@ -68,7 +68,7 @@ class MultiDirectionScan(nn.Module):
         expand: float = 2.0,
         state_dim: int = 16,
         dt_rank: int | str = "auto",
-        routes: str | dict | list = "cross",
+        routes: str | dict | list | Routes = "cross",
         core: str = "s6",
         conv_kernel: int = 3,
         conv_bias: bool = True,

@@ -132,7 +132,8 @@ class MultiScaleScan(MultiDirectionScan):
     def scan(self, h: torch.Tensor) -> torch.Tensor:
         full, low = self.conv(h), self.low_act(self.low_conv(h))  # (B, H, W, D), (B, ceil(H/2), ceil(W/2), D)
         routes = self.core.routes
-        full_table, low_table = routes.tables(*full.shape[1:3], h.device)
+        assert isinstance(routes, _TwoScales)
+        full_table, low_table = routes.tables(full.shape[1], full.shape[2], h.device)
         if self.norm_first:
             y = self._normed_scan(full.flatten(1, 2), full_table)
             low_y = routes.fold(self._normed_scan(routes.lay_out(low), low_table), *low.shape[1:3])

@@ -102,8 +102,8 @@ class NonCausalSSD(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.order == "raster":
             return ssd(x, dt, rate, b, c, **options)
-        y = ssd(*(_turn_half(part) for part in (x, dt)), rate, *(_turn_half(part) for part in (b, c)), **options)
-        return _turn_half(y)
+        x, dt, b, c = (_turn_half(part) for part in (x, dt, b, c))
+        return _turn_half(ssd(x, dt, rate, b, c, **options))
 
 
 def _turn_half(values: torch.Tensor) -> torch.Tensor:

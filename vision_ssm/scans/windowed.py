@@ -83,7 +83,9 @@ class DirectionRoutes(Routes):
     @staticmethod
     def _reads(direction: str, grid: torch.Tensor, zeros: int) -> torch.Tensor:
         """Cells of `grid`, (H, W), in the order of a direction; padding is the cell `zeros`."""
-        walk, side, backwards = _DIRECTION.fullmatch(direction).groups()
+        match = _DIRECTION.fullmatch(direction)
+        assert match is not None  # directions are checked where routes are made
+        walk, side, backwards = match.groups()
         if walk == "column":
             grid = grid.t()
         elif side is not None:
@@ -225,7 +227,10 @@ class WindowedSequenceScan(SequenceScan):
         inner = _inner_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.core = WindowedCore(inner, directions, inverse, state_dim, resolve_dt_rank(dt_rank, dim))
-        count, names = self.core.routes.num_routes, self.core.routes.directions
+        routes = self.core.routes
+        assert isinstance(routes, DirectionRoutes)
+        count, names = routes.num_routes, routes.directions
+        self.inverse = inverse
         self.conv = CausalConv1d(count * inner, conv_width)  # of all directions, side by side
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self._walks = {place: DirectionRoutes(names, inverse, place) for place in CLASS_TOKENS}
@@ -249,7 +254,7 @@ class WindowedSequenceScan(SequenceScan):
 
     def _gates(self, z: torch.Tensor, table: RouteTable) -> torch.Tensor:
         """z: (B, L, D) of the cells that were read. Returns it at the cells that are written, (B, L, 1 or K, D)."""
-        if self.core.routes.inverse == "exact":
+        if self.inverse == "exact":
             return z.unsqueeze(2)
         source = torch.zeros_like(table.read).scatter(1, table.write, table.read)[:, : z.shape[1]]  # (K, L)
         return z.index_select(1, source.t().reshape(-1)).view(z.shape[0], z.shape[1], -1, z.shape[2])
