@@ -13,7 +13,7 @@ import vision_ssm
 from vision_ssm.analysis import BenchmarkError, ModelSettings, benchmark_models, describe_machine, fill_tables
 from vision_ssm.analysis import benchmark as models
 from vision_ssm.analysis.benchmark import build_model, check_model
-from vision_ssm.analysis.timing import describe_backends, describe_versions, used_backends
+from vision_ssm.analysis.timing import _short_name, describe_backends, describe_versions, used_backends
 from vision_ssm.scans.core import S6Core
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,3 +164,16 @@ def test_tables_replace_only_what_is_marked():
     assert "stale" not in filled and fill_tables(filled) == filled
     with pytest.raises(KeyError, match="nothing"):
         fill_tables("<!-- table nothing -->\n<!-- end -->")
+
+
+def test_short_names_of_kernels():
+    names = {
+        "_forward_kernel": "_forward_kernel",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>(int, float)":
+            "vectorized_layer_norm_kernel",
+        "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<F>(T&)::{lambda()#1}>(int)":
+            "elementwise_kernel",
+        "Memcpy DtoD (Device -> Device)": "Memcpy DtoD",
+        "aten::addmm": "addmm",
+    }  # fmt: skip
+    assert {kernel: _short_name(kernel) for kernel in names} == names

@@ -274,8 +274,8 @@ def slowest_line(step: Callable[[], Any], device: torch.device) -> str:
 
 def _short_name(kernel: str) -> str:
     """A kernel's name without return type, template arguments and parameters."""
-    name = re.sub(r"^void ", "", kernel)
-    return re.split(r"[<(]", name)[0].rsplit("::", 1)[-1]
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", name)[0].rsplit("::", 1)[-1].strip()
 
 
 def allocated(device: torch.device) -> int:
