@@ -310,7 +310,7 @@ class ProgressHook(Hook):
 
     def _describe(self, text: str) -> None:
         if self.progress is not None:
-            self.progress.update(self.task, description=text)
+            self.progress.update(self.task, description=text, refresh=True)  # a short epoch may end before the next one
 
 
 class NonFiniteError(FloatingPointError):
