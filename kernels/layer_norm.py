@@ -1,4 +1,4 @@
-"""Layer norm of channel-last rows, with the residual addition before it: memory-bound kernels.
+"""Layer norm and RMS norm of channel-last rows, with the residual addition before it: memory-bound kernels.
 
 A tile is [ROWS, CHUNK] numbers, 4 per lane, so that every lane moves 16 bytes of float32 and 8 of half precision
 whatever the mix of dtypes, and no tile changes its layout. A program holds whole rows, as PARTS tiles side by side; up
@@ -70,10 +70,10 @@ def _forward_kernel(
     residual,  # (rows, C) or None
     row_scale,  # (samples) or None
     weight,  # (C)
-    bias,  # (C)
+    bias,  # (C) or None
     s,  # (rows, C) or None
     y,  # (rows, C)
-    statistics,  # (rows, 2) or None
+    statistics,  # (rows, 2), without CENTER (rows, 1), or None
     row_count,
     rows_per_sample,
     eps,
@@ -81,6 +81,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
+    CENTER: tl.constexpr,
 ):
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = rows < row_count
@@ -97,25 +98,36 @@ def _forward_kernel(
             mask = inside & (columns < C)
             tl.store(s + rows * C + columns, values[part].to(s.dtype.element_ty), mask=mask)
 
-    # The mean is only as exact as its dtype. What is left of it after the subtraction is subtracted in a second step,
-    # so that rows far from 0 keep their digits, and rows of one value become 0.
-    coarse = _row_sum(values) / C
     centred = ()
     squares = ()
+    if CENTER:
+        # The mean is only as exact as its dtype. What is left of it after the subtraction is subtracted in a second
+        # step, so that rows far from 0 keep their digits, and rows of one value become 0.
+        coarse = _row_sum(values) / C
+        for part in tl.static_range(PARTS):
+            columns = _columns(part, ROWS, CHUNK)
+            difference = tl.where(columns < C, values[part] - coarse, 0.0)
+            centred += (difference,)
+            squares += (difference * difference,)
+        rest = _row_sum(centred) / C
+        rstd = tl.rsqrt(tl.maximum(_row_sum(squares) / C - rest * rest, 0.0) + eps)
+    else:
+        for part in tl.static_range(PARTS):
+            squares += (values[part] * values[part],)
+        rstd = tl.rsqrt(_row_sum(squares) / C + eps)
     for part in tl.static_range(PARTS):
         columns = _columns(part, ROWS, CHUNK)
-        difference = tl.where(columns < C, values[part] - coarse, 0.0)
-        centred += (difference,)
-        squares += (difference * difference,)
-    rest = _row_sum(centred) / C
-    rstd = tl.rsqrt(tl.maximum(_row_sum(squares) / C - rest * rest, 0.0) + eps)
-    for part in tl.static_range(PARTS):
-        columns = _columns(part, ROWS, CHUNK)
-        out = (centred[part] - rest) * rstd * _load(weight + columns, columns < C) + _load(bias + columns, columns < C)
+        normal = (centred[part] - rest) * rstd if CENTER else values[part] * rstd
+        out = normal * _load(weight + columns, columns < C)
+        if bias is not None:
+            out += _load(bias + columns, columns < C)
         tl.store(y + rows * C + columns, out.to(y.dtype.element_ty), mask=inside & (columns < C))
     if statistics is not None:
-        tl.store(statistics + rows * 2, coarse + rest, mask=inside)
-        tl.store(statistics + rows * 2 + 1, rstd, mask=inside)
+        if CENTER:
+            tl.store(statistics + rows * 2, coarse + rest, mask=inside)
+            tl.store(statistics + rows * 2 + 1, rstd, mask=inside)
+        else:
+            tl.store(statistics + rows, rstd, mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_count", "rows_per_sample"])
@@ -125,23 +137,26 @@ def _backward_kernel(
     x,  # (rows, C)
     residual,  # (rows, C) or None
     row_scale,  # (samples) or None
-    statistics,  # (rows, 2)
+    statistics,  # (rows, 2), without CENTER (rows, 1)
     weight,  # (C)
     grad_x,  # (rows, C)
     grad_residual,  # (rows, C) or None
-    partials,  # (2, programs, C): gradients of weight and bias from the rows of every program
+    partials,  # (2, programs, C): gradients of weight and bias from the rows of every program; (1, ...) without BIAS
     row_count,
     rows_per_sample,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     PARTS: tl.constexpr,
+    CENTER: tl.constexpr,
+    BIAS: tl.constexpr,
 ):
     grad_weight = ()
     grad_bias = ()
     for _ in tl.static_range(PARTS):
         grad_weight += (tl.zeros([ROWS, CHUNK], tl.float32),)
-        grad_bias += (tl.zeros([ROWS, CHUNK], tl.float32),)
+        if BIAS:
+            grad_bias += (tl.zeros([ROWS, CHUNK], tl.float32),)
 
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     for _ in range(tl.program_id(0), tl.cdiv(row_count, ROWS), tl.num_programs(0)):
@@ -149,8 +164,11 @@ def _backward_kernel(
         scale = None
         if row_scale is not None:
             scale = _load(row_scale + rows.to(row_count.dtype) // rows_per_sample, inside)
-        mean = _load(statistics + rows * 2, inside)
-        rstd = _load(statistics + rows * 2 + 1, inside)
+        if CENTER:
+            mean = _load(statistics + rows * 2, inside)
+            rstd = _load(statistics + rows * 2 + 1, inside)
+        else:
+            rstd = _load(statistics + rows, inside)
         values = ()
         gradients = ()
         others = ()
@@ -168,12 +186,15 @@ def _backward_kernel(
         products = ()
         for part in tl.static_range(PARTS):
             columns = _columns(part, ROWS, CHUNK)
-            centred += (tl.where(columns < C, values[part] - mean, 0.0),)
+            centred += (tl.where(columns < C, values[part] - mean, 0.0) if CENTER else values[part],)
             weighted += (gradients[part] * _load(weight + columns, columns < C),)
             products += (weighted[part] * centred[part],)
-        rest = _row_sum(centred) / C
-        mean_weighted = _row_sum(weighted) / C
-        mean_product = (_row_sum(products) / C - rest * mean_weighted) * rstd
+        if CENTER:
+            rest = _row_sum(centred) / C
+            mean_weighted = _row_sum(weighted) / C
+            mean_product = (_row_sum(products) / C - rest * mean_weighted) * rstd
+        else:
+            mean_product = _row_sum(products) / C * rstd
 
         old_weight, old_bias = grad_weight, grad_bias
         grad_weight = ()
@@ -181,10 +202,12 @@ def _backward_kernel(
         for part in tl.static_range(PARTS):
             columns = _columns(part, ROWS, CHUNK)
             mask = inside & (columns < C)
-            normal = (centred[part] - rest) * rstd
+            normal = (centred[part] - rest) * rstd if CENTER else centred[part] * rstd
             grad_weight += (old_weight[part] + gradients[part] * normal,)
-            grad_bias += (old_bias[part] + gradients[part],)
-            grad = (weighted[part] - mean_weighted - normal * mean_product) * rstd
+            if BIAS:
+                grad_bias += (old_bias[part] + gradients[part],)
+            grad = weighted[part] - mean_weighted if CENTER else weighted[part]
+            grad = (grad - normal * mean_product) * rstd
             if grad_s is not None:
                 grad += others[part]
             tl.store(grad_x + rows * C + columns, grad.to(grad_x.dtype.element_ty), mask=mask)
@@ -199,7 +222,8 @@ def _backward_kernel(
     for part in tl.static_range(PARTS):
         columns = part * CHUNK + tl.arange(0, CHUNK)
         tl.store(to_weight + columns, tl.sum(grad_weight[part], axis=0), mask=columns < C)
-        tl.store(to_bias + columns, tl.sum(grad_bias[part], axis=0), mask=columns < C)
+        if BIAS:
+            tl.store(to_bias + columns, tl.sum(grad_bias[part], axis=0), mask=columns < C)
 
 
 class _Tiling(NamedTuple):
@@ -237,13 +261,14 @@ def empty_saved(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
+    center: bool,
     out_dtype: torch.dtype | None,
     save: bool,
 ) -> Sequence[Tensor]:
-    """Mean and reciprocal deviation of every row, (rows, 2) float32."""
-    return [x.new_empty(math.prod(x.shape[:-1]), 2, dtype=torch.float32)]
+    """Mean, if it is subtracted, and reciprocal deviation of every row, (rows, 2) or (rows, 1) float32."""
+    return [x.new_empty(math.prod(x.shape[:-1]), 1 + center, dtype=torch.float32)]
 
 
 def forward(
@@ -251,17 +276,19 @@ def forward(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
+    center: bool,
     out_dtype: torch.dtype | None,
     save: bool,
 ) -> Sequence[Tensor]:
-    """Returns s (empty without a residual), y and, if `save`, the mean and reciprocal deviation of every row."""
+    """Returns s (empty without a residual), y and, if `save`, what `empty_saved` describes."""
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
     y = torch.empty_like(x, dtype=out_dtype or x.dtype)
     s = None if residual is None else torch.empty_like(x)
-    statistics = empty_saved(x, residual, row_scale, weight, bias, eps, out_dtype, save)[0] if save else None
+    arguments = (x, residual, row_scale, weight, bias, eps, center, out_dtype, save)
+    statistics = empty_saved(*arguments)[0] if save else None
     channels = x.shape[-1]
     rows = x.numel() // channels
     if rows:
@@ -273,7 +300,7 @@ def forward(
             residual,
             None if row_scale is None else row_scale.contiguous(),
             weight.contiguous(),
-            bias.contiguous(),
+            None if bias is None else bias.contiguous(),
             s,
             y,
             statistics,
@@ -284,6 +311,7 @@ def forward(
             ROWS=tiling.rows,
             CHUNK=tiling.chunk,
             PARTS=tiling.parts,
+            CENTER=center,
             num_warps=_WARPS,
         )
     results = [x.new_empty(0) if s is None else s, y]
@@ -300,17 +328,24 @@ def _launch_backward(
     weight: Tensor,
     grad_x: Tensor,
     grad_residual: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Fills `grad_x` and `grad_residual`; all tensors contiguous. Returns the gradients of weight and bias, float32."""
+    center: bool = True,
+    bias: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Fills `grad_x` and `grad_residual`; all tensors contiguous.
+
+    Returns the gradients of weight and, if there is one, bias, float32.
+    """
     channels = x.shape[-1]
     rows = x.numel() // channels
-    if statistics.shape != (rows, 2):
-        raise ValueError(f"statistics has shape {tuple(statistics.shape)}, expected {(rows, 2)}; forward saves it")
+    expected = (rows, 1 + center)
+    if statistics.shape != expected:
+        raise ValueError(f"statistics has shape {tuple(statistics.shape)}, expected {expected}; forward saves it")
     if not rows:
-        return weight.new_zeros(channels, dtype=torch.float32), weight.new_zeros(channels, dtype=torch.float32)
+        grad_weight, grad_bias = weight.new_zeros(2, channels, dtype=torch.float32)
+        return grad_weight, grad_bias if bias else None
     tiling = _tiling(channels)
     programs = min(ceil_div(rows, tiling.rows), _backward_programs(x.device, tiling.parts))
-    partials = x.new_empty(2, programs, channels, dtype=torch.float32)
+    partials = x.new_empty(1 + bias, programs, channels, dtype=torch.float32)
     launch(
         _backward_kernel,
         (programs,),
@@ -330,8 +365,12 @@ def _launch_backward(
         ROWS=tiling.rows,
         CHUNK=tiling.chunk,
         PARTS=tiling.parts,
+        CENTER=center,
+        BIAS=bias,
         num_warps=_WARPS,
     )
+    if not bias:
+        return partials[0].sum(0), None
     _, grad_weight, grad_bias, _ = sum_parts(partials.view(2, programs, 1, 1, channels))
     return grad_weight.view(channels), grad_bias.view(channels)
 
@@ -344,7 +383,9 @@ def backward(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
     *_: object,
 ) -> dict[str, Tensor]:
     """Gradients by name, from the `statistics` that `forward` kept; zeros for `row_scale`."""
@@ -360,7 +401,7 @@ def backward(
     if row_scale is not None:
         row_scale = row_scale.contiguous()
         gradients["row_scale"] = torch.zeros_like(row_scale)
-    gradients["weight"], gradients["bias"] = _launch_backward(
+    gradients["weight"], grad_bias = _launch_backward(
         grad_y.contiguous(),
         None if residual is None or not grad_s.numel() else grad_s.contiguous(),
         x,
@@ -370,7 +411,11 @@ def backward(
         weight.contiguous(),
         grad_x,
         grad_residual,
+        center,
+        bias is not None,
     )
+    if grad_bias is not None:
+        gradients["bias"] = grad_bias
     return gradients
 
 

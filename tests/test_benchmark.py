@@ -47,6 +47,7 @@ TINY = {
     "selective_scan_3": replace(CASES["selective_scan_3"], batch=1, length=33),
     "ssd_stage1": replace(CASES["ssd_stage1"], batch=1, length=33),
     "state_fusion_stage1": replace(CASES["state_fusion_stage1"], batch=1, height=3, width=5),
+    "rms_norm_tokens": replace(CASES["rms_norm_tokens"], batch=1, length=5),
 }
 
 
@@ -122,6 +123,7 @@ def test_shapes_are_those_of_the_models():
     assert CASES["core_stage4"].shape == "B=128 7x7 D=768 K=4 N=1 R=48"
     assert CASES["core_stage1_n16"].shape == "B=64 56x56 D=192 K=4 N=16 R=6"
     assert CASES["selective_scan_3"].shape == "B=16 D=384 L=6085 N=16 z"
+    assert CASES["rms_norm_tokens"].shape == "B=128 L=197 C=192"
     assert CASES["state_fusion_stage3"].shape == "B=128 14x14 D=512"
     assert CASES["state_fusion_stage3"].of_image(448).shape == "B=128 28x28 D=512"
     assert CASES["core_stage2"].of_image(448).shape == "B=128 56x56 D=192 K=4 N=1 R=12"

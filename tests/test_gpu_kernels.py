@@ -536,17 +536,21 @@ def test_bad_input_leaves_the_gpu_usable(case):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
 @pytest.mark.parametrize("channels", [96, 37])
-def test_layer_norm(channels, dtype):
+@pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
+def test_layer_norm(center, channels, dtype):
     """With a residual and drop path, and alone: against the twin in float64, and bit-equal on repetition."""
     shape = (3, 17, 19, channels)
     inputs = {"x": torch.randn(shape), "residual": torch.randn(shape)}
-    inputs = on_gpu(inputs | {"weight": 1 + torch.randn(channels) / 2, "bias": torch.randn(channels)})
+    inputs = on_gpu(inputs | {"weight": 1 + torch.randn(channels) / 2})
+    if center:
+        inputs["bias"] = torch.randn(channels, device="cuda")
+    plain, plain_twin = (partial(function, center=center) for function in (layer_norm, layer_norm_reference))
     scale = torch.tensor([1.25, 0.0, 1.25], device="cuda")
-    ours = partial(layer_norm, row_scale=scale)
-    compare("layer_norm", ours, partial(layer_norm_reference, row_scale=scale), inputs, dtype)
+    ours = partial(plain, row_scale=scale)
+    compare("layer_norm", ours, partial(plain_twin, row_scale=scale), inputs, dtype)
     assert_equal(run(ours, cast(inputs, dtype)), run(ours, cast(inputs, dtype)))
     alone = {name: value for name, value in inputs.items() if name != "residual"}
-    compare("layer_norm", layer_norm, layer_norm_reference, alone, dtype)
+    compare("layer_norm", plain, plain_twin, alone, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)

@@ -1,4 +1,4 @@
-"""Layer norm with a residual: the PyTorch path and the Triton kernels against the twin, and the operator in graphs."""
+"""Layer norm and RMS norm with a residual: the PyTorch path and the Triton kernels against the twin, and the operator in graphs."""
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from vision_ssm.ops.torch_layer_norm import layer_norm_reference
 
 HALVES = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 1, 5), (1, 1, 96), (7, 1, 1), (7, 1, 96), (1, 7, 200), (3, 11, 5), (3, 11, 96), (3, 11, 200), (3, 11, 1)]
+CENTER = pytest.mark.parametrize("center", [True, False], ids=["layer", "rms"])
 MIXED = dict(x=torch.float32, residual=torch.bfloat16, out_dtype=torch.bfloat16)
 
 
@@ -31,18 +32,25 @@ def identify(value):
     return str(value).removeprefix("torch.")
 
 
-def layer_norm_inputs(shape=(3, 11, 96), residual=True, row_scale=True, out_dtype=None):
-    """Keyword arguments of `layer_norm`; of three samples, drop path leaves out the second."""
+def layer_norm_inputs(shape=(3, 11, 96), residual=True, row_scale=True, out_dtype=None, center=True, bias=None):
+    """Keyword arguments of `layer_norm`; of three samples, drop path leaves out the second. No bias without `center`.
+
+    The RMS norm of one channel is nearly its sign: `eps` is such that a gradient remains, and signs do not cancel.
+    """
     inputs = {
         "x": torch.randn(shape),
         "weight": 1 + torch.randn(shape[-1]) / 2,
-        "bias": torch.randn(shape[-1]),
+        "center": center,
         "out_dtype": out_dtype,
     }
+    if center if bias is None else bias:
+        inputs["bias"] = torch.randn(shape[-1])
     if residual:
         inputs["residual"] = torch.randn(shape)
         if row_scale:
             inputs["row_scale"] = 1.25 * (torch.arange(shape[0]) % 3 != 1)
+    if shape[-1] == 1 and not center:
+        inputs |= {name: inputs[name].abs() for name in inputs.keys() & {"x", "residual"}} | {"eps": 0.5}
     return inputs
 
 
@@ -82,27 +90,40 @@ def compare_with_twin(inputs, tolerance):
     assert got["output 0"].dtype == given[0].dtype or "residual" not in inputs
 
 
+@CENTER
 @pytest.mark.parametrize("options", [dict(), dict(row_scale=False), dict(residual=False)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_twin(path, shape, options):
-    compare_with_twin(layer_norm_inputs(shape, **options), TOLERANCE[torch.float32])
+def test_twin(path, shape, options, center):
+    compare_with_twin(layer_norm_inputs(shape, center=center, **options), TOLERANCE[torch.float32])
 
 
+@CENTER
+@pytest.mark.parametrize("options", [dict(), dict(residual=False)], ids=str)
+def test_bias_is_an_option_of_both(path, options, center):
+    """A layer norm without bias, and an RMS norm with one."""
+    inputs = layer_norm_inputs(center=center, bias=not center, **options)
+    compare_with_twin(inputs, TOLERANCE[torch.float32])
+
+
+@CENTER
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_twin_in_float64(shape):
-    compare_with_twin(cast(layer_norm_inputs(shape), torch.float64), TOLERANCE[torch.float64])
+def test_twin_in_float64(shape, center):
+    compare_with_twin(cast(layer_norm_inputs(shape, center=center), torch.float64), TOLERANCE[torch.float64])
 
 
+@CENTER
 @pytest.mark.parametrize("dtype", HALVES, ids=identify)
 @pytest.mark.parametrize("options", [dict(), dict(residual=False), dict(out_dtype=torch.float32)], ids=str)
-def test_twin_in_half_precision(path, options, dtype):
-    compare_with_twin(cast(layer_norm_inputs(**options), dtype), TOLERANCE[dtype])
+def test_twin_in_half_precision(path, options, dtype, center):
+    compare_with_twin(cast(layer_norm_inputs(center=center, **options), dtype), TOLERANCE[dtype])
 
 
+@CENTER
 @pytest.mark.parametrize("shape", [(3, 11, 96), (2, 3, 4, 200)], ids=str)
-def test_mixed_dtypes(path, shape):
+def test_mixed_dtypes(path, shape, center):
     """A stream in float32, a branch in bfloat16, and what a linear layer takes: the block under autocast."""
-    inputs = cast(layer_norm_inputs(shape, out_dtype=MIXED["out_dtype"]), MIXED["x"], MIXED["residual"])
+    inputs = layer_norm_inputs(shape, out_dtype=MIXED["out_dtype"], center=center)
+    inputs = cast(inputs, MIXED["x"], MIXED["residual"])
     compare_with_twin(inputs, TOLERANCE[torch.bfloat16])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         s, y = layer_norm(**inputs)
@@ -110,74 +131,85 @@ def test_mixed_dtypes(path, shape):
     check("s", s, layer_norm_reference(**inputs)[0], TOLERANCE[torch.float32])
 
 
-def test_half_precision_weights(path):
-    inputs = {name: value.half() if is_float(value) else value for name, value in layer_norm_inputs().items()}
+@CENTER
+def test_half_precision_weights(path, center):
+    inputs = layer_norm_inputs(center=center)
+    inputs = {name: value.half() if is_float(value) else value for name, value in inputs.items()}
     compare_with_twin(inputs, TOLERANCE[torch.float16])
 
 
-def test_norm_of_the_stored_sum(path):
+@CENTER
+def test_norm_of_the_stored_sum(path, center):
     """y is the norm of s as it is returned, rounded, so that backward sees what forward saw."""
-    inputs = cast(layer_norm_inputs(out_dtype=torch.float32), torch.bfloat16)
+    inputs = cast(layer_norm_inputs(out_dtype=torch.float32, center=center), torch.bfloat16)
     s, y = layer_norm(**inputs)
-    alone = layer_norm(s, inputs["weight"], inputs["bias"], out_dtype=torch.float32)
+    alone = layer_norm(s, inputs["weight"], inputs.get("bias"), center=center, out_dtype=torch.float32)
     check("y", y, alone, TOLERANCE[torch.float32])
 
 
+@CENTER
 @pytest.mark.parametrize("channels", [100, 1200])
-def test_other_widths(path, channels):
+def test_other_widths(path, channels, center):
     """Rows that end inside of a tile, and rows that one warp does not hold."""
-    compare_with_twin(layer_norm_inputs((1, 3, channels), row_scale=False), TOLERANCE[torch.float32])
+    compare_with_twin(layer_norm_inputs((1, 3, channels), row_scale=False, center=center), TOLERANCE[torch.float32])
 
 
+@CENTER
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("change", [lambda x: x + 1e4, lambda x: x - 1e4, lambda x: x * 1e15], ids=["+", "-", "*"])
-def test_large_values(path, change, residual):
+def test_large_values(path, change, residual, center):
     """As exact as ever; values are such that the sum s, which is stored in float32, is not rounded."""
-    inputs = layer_norm_inputs(residual=residual)
+    inputs = layer_norm_inputs(residual=residual, center=center)
     for name in inputs.keys() & {"x", "residual"}:
         inputs[name] = torch.round(64 * inputs[name]) / 64
     inputs["x"] = change(inputs["x"])
     compare_with_twin(inputs, TOLERANCE[torch.float32])
 
 
-def test_one_large_value(path):
+@CENTER
+def test_one_large_value(path, center):
     """The first value of a row tells nothing about the others."""
-    inputs = layer_norm_inputs(residual=False)
+    inputs = layer_norm_inputs(residual=False, center=center)
     inputs["x"][..., 0] = 1e6
     compare_with_twin(inputs, TOLERANCE[torch.float32])
 
 
+@CENTER
 @pytest.mark.parametrize("value", [0.0, 0.1, 12345.678, 1e15])
-def test_constant_rows(path, value):
-    """No deviation: y is the bias, and gradients are those of the twin."""
-    inputs = layer_norm_inputs(residual=False)
+def test_constant_rows(path, value, center):
+    """No deviation: y of a layer norm is the bias, and gradients are those of the twin."""
+    inputs = layer_norm_inputs(residual=False, center=center)
     inputs["x"][1] = value
     compare_with_twin(inputs, TOLERANCE[torch.float32])
     y = layer_norm(**inputs)[1]
-    assert torch.equal(y, inputs["bias"].expand_as(y))
+    if center:
+        assert torch.equal(y, inputs["bias"].expand_as(y))
 
 
+@CENTER
 @pytest.mark.parametrize("options", [dict(), dict(residual=False)], ids=str)
-def test_no_uninitialised_memory_is_read(path, options, monkeypatch):
+def test_no_uninitialised_memory_is_read(path, options, monkeypatch, center):
     """Outputs hold NaN before they are written; `Poison` of ops_support does not reach into kernel modules."""
     for owner, name in ((torch, "empty_like"), (torch.Tensor, "new_empty")):
         allocate = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, _f=allocate, **options: _f(*args, **options).fill_(torch.nan))
-    compare_with_twin(layer_norm_inputs(**options), TOLERANCE[torch.float32])
+    compare_with_twin(layer_norm_inputs(center=center, **options), TOLERANCE[torch.float32])
 
 
-def test_repetition_is_bit_equal(path):
-    inputs = layer_norm_inputs((4, 30, 96))
+@CENTER
+def test_repetition_is_bit_equal(path, center):
+    inputs = layer_norm_inputs((4, 30, 96), center=center)
     first = differentiate(layer_norm, inputs)
-    differentiate(layer_norm, layer_norm_inputs())
+    differentiate(layer_norm, layer_norm_inputs(center=center))
     second = differentiate(layer_norm, inputs)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def test_strided_inputs(path):
+@CENTER
+def test_strided_inputs(path, center):
     """A permuted map, a slice as the residual, and an expanded gradient."""
-    inputs = layer_norm_inputs((2, 3, 5, 8))
+    inputs = layer_norm_inputs((2, 3, 5, 8), center=center)
     want = differentiate(layer_norm, inputs)
     strided = inputs | {
         "x": inputs["x"].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
@@ -186,16 +218,17 @@ def test_strided_inputs(path):
     leaves = {
         name: value.requires_grad_() for name, value in strided.items() if is_float(value) and name != "row_scale"
     }
-    s, y = layer_norm(**leaves, row_scale=inputs["row_scale"])
+    s, y = layer_norm(**leaves, row_scale=inputs["row_scale"], center=center)
     grads = torch.autograd.grad(s.sum() + y.sum(), list(leaves.values()))
     for name, grad in zip(leaves, grads):
         check(name, grad, want[f"gradient of {name}"], 0.0)
 
 
+@CENTER
 @pytest.mark.parametrize("index", [0, 1])
-def test_gradient_of_one_output(path, index):
+def test_gradient_of_one_output(path, index, center):
     """The sum, or the norm, may go unused."""
-    inputs = layer_norm_inputs()
+    inputs = layer_norm_inputs(center=center)
     weights = torch.randn(inputs["x"].shape)
     for name in ("x", "residual"):
         leaf = inputs[name].requires_grad_()
@@ -206,37 +239,41 @@ def test_gradient_of_one_output(path, index):
         check(name, got, want, TOLERANCE[torch.float32])
 
 
+@CENTER
 @pytest.mark.parametrize("options", [dict(), dict(residual=False)], ids=str)
-def test_no_rows(path, options):
-    inputs = layer_norm_inputs((0, 4, 96), **options)
+def test_no_rows(path, options, center):
+    inputs = layer_norm_inputs((0, 4, 96), center=center, **options)
     got, want = (differentiate(f, inputs) for f in (layer_norm, layer_norm_reference))
     for name, value in want.items():
         assert torch.equal(got[name], value), name
 
 
+@CENTER
 @pytest.mark.parametrize("options", [dict(residual=True), dict(residual=False)], ids=str)
-def test_nothing_is_kept_without_gradients(path, options):
-    inputs = layer_norm_inputs(**options)
+def test_nothing_is_kept_without_gradients(path, options, center):
+    inputs = layer_norm_inputs(center=center, **options)
     with torch.no_grad():
         plain = layer_norm(**inputs)
     inputs["weight"].requires_grad_()
     torch.testing.assert_close(layer_norm(**inputs), plain, rtol=0, atol=0)
-    arguments = [inputs[name] if name in inputs else None for name in ("x", "residual", "row_scale", "weight", "bias")]
-    for save, shape in ((False, (0,)), (True, (33, 2))):
-        assert torch.ops.vision_ssm.layer_norm(*arguments, 1e-5, None, save)[2].shape == shape
+    arguments = [inputs.get(name) for name in ("x", "residual", "row_scale", "weight", "bias")]
+    for save, shape in ((False, (0,)), (True, (33, 1 + center))):
+        assert torch.ops.vision_ssm.layer_norm(*arguments, 1e-5, center, None, save)[2].shape == shape
 
 
-def test_gradcheck():
-    inputs = cast(layer_norm_inputs((3, 2, 5)), torch.float64)
-    names = ["x", "weight", "bias", "residual"]
+@CENTER
+def test_gradcheck(center):
+    inputs = cast(layer_norm_inputs((3, 2, 5), center=center), torch.float64)
+    names = ["x", "weight", *(["bias"] if center else []), "residual"]
     leaves = [inputs[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(lambda *values: layer_norm(**inputs | dict(zip(names, values))), leaves)
 
 
-def test_same_as_the_module(path):
-    norm = torch.nn.LayerNorm(96)
-    x = torch.randn(2, 5, 96)
-    check("y", layer_norm(x, norm.weight, norm.bias).detach(), norm(x).detach(), TOLERANCE[torch.float32])
+@CENTER
+def test_same_as_the_module(path, center):
+    norm = torch.nn.LayerNorm(96) if center else torch.nn.RMSNorm(96, eps=1e-5)
+    x, bias = torch.randn(2, 5, 96) + 1, norm.bias if center else None
+    check("y", layer_norm(x, norm.weight, bias, center=center).detach(), norm(x).detach(), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("backward_from", ["s", "grad"])
@@ -275,11 +312,13 @@ def operator_arguments(options, requires_grad=True):
     for index in (0, 1, 3, 4):
         if values[index] is not None:
             values[index].requires_grad_(requires_grad)
-    return [*values, 1e-5, inputs["out_dtype"], True]
+    return [*values, 1e-5, inputs["center"], inputs["out_dtype"], True]
 
 
+@CENTER
 @pytest.mark.parametrize("options", [dict(), dict(residual=False), dict(out_dtype=torch.bfloat16)], ids=str)
-def test_opcheck(options):
+def test_opcheck(options, center):
+    options = options | dict(center=center)
     torch.library.opcheck(torch.ops.vision_ssm.layer_norm.default, operator_arguments(options))
     arguments = operator_arguments(options, requires_grad=False)
     s, y, statistics = torch.ops.vision_ssm.layer_norm(*arguments)
@@ -287,8 +326,9 @@ def test_opcheck(options):
     torch.library.opcheck(torch.ops.vision_ssm.layer_norm_backward.default, [*gradients, statistics, *arguments])
 
 
+@CENTER
 @pytest.mark.parametrize("options", [dict(out_dtype=torch.bfloat16), dict(residual=False)], ids=str)
-def test_compile(options):
+def test_compile(options, center):
     """One node, and what eager training gives, also for other sizes."""
     graphs = []
 
@@ -296,7 +336,7 @@ def test_compile(options):
         graphs.append([str(node.target) for node in module.graph.nodes if "vision_ssm" in str(node.target)])
         return module.forward
 
-    inputs = layer_norm_inputs(**options)
+    inputs = layer_norm_inputs(center=center, **options)
     torch._dynamo.reset()
     outputs = torch.compile(layer_norm, fullgraph=True, backend=backend)(**inputs)
     assert graphs == [["vision_ssm.layer_norm.default"]]
@@ -304,24 +344,26 @@ def test_compile(options):
     torch._dynamo.reset()
     compiled = torch.compile(layer_norm, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((3, 11, 96), (2, 4, 24)):
-        inputs = layer_norm_inputs(shape, **options)
+        inputs = layer_norm_inputs(shape, center=center, **options)
         got = differentiate(compiled, inputs)
         for name, value in differentiate(layer_norm, inputs).items():
             assert torch.equal(got[name], value), name
 
 
-def test_reference_backend(monkeypatch):
+@CENTER
+def test_reference_backend(monkeypatch, center):
     monkeypatch.setenv("VISION_SSM_BACKEND", "reference")
-    inputs = layer_norm_inputs()
+    inputs = layer_norm_inputs(center=center)
     torch.testing.assert_close(layer_norm(**inputs), layer_norm_reference(**inputs), rtol=0, atol=0)
 
 
-def test_flops():
-    inputs = layer_norm_inputs((2, 5, 96))
+@CENTER
+def test_flops(center):
+    inputs, alone = layer_norm_inputs((2, 5, 96), center=center), 8 if center else 4
     with FlopCounterMode(display=False) as counter:
         differentiate(layer_norm, inputs)
-    forward = layer_norm_flops((2, 5, 96), (2, 5, 96))
-    assert forward == 9 * 2 * 5 * 96 and layer_norm_flops((2, 5, 96), None) == 8 * 2 * 5 * 96
+    forward = layer_norm_flops((2, 5, 96), (2, 5, 96), center)
+    assert forward == (alone + 1) * 2 * 5 * 96 and layer_norm_flops((2, 5, 96), None, center) == alone * 2 * 5 * 96
     assert counter.get_total_flops() == 3 * forward
 
 
@@ -337,7 +379,8 @@ def test_flops():
         (dict(x=torch.zeros(3, 11, 96, dtype=torch.int32)), TypeError, "x must be floating-point"),
         (dict(weight=torch.zeros(95)), ValueError, r"weight has shape \(95,\), expected \(C\) = \(96,\)"),
         (dict(bias=torch.zeros(1, 96)), ValueError, "bias has shape"),
-        (dict(bias=None), TypeError, "bias must be a tensor, got NoneType"),
+        (dict(weight=None), TypeError, "weight must be a tensor, got NoneType"),
+        (dict(bias=1.0), TypeError, "bias must be a tensor, got float"),
         (dict(residual=torch.zeros(3, 1, 96)), ValueError, "residual has shape"),
         (dict(residual=torch.zeros(3, 11, 96, device="meta")), ValueError, "residual is on meta but x is on cpu"),
         (dict(residual=torch.zeros(3, 11, 96, dtype=torch.complex64)), TypeError, "residual is complex"),

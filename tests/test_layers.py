@@ -74,7 +74,7 @@ def test_mlp_without_gradients_and_with_dropout():
     torch.testing.assert_close(mlp(x), plain)
 
 
-@pytest.mark.parametrize("name", ["layer", "batch", "none"])
+@pytest.mark.parametrize("name", ["layer", "rms", "batch", "none"])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 def test_add_norm(name, drop):
     """The sum and its norm, with the samples that drop path lets through."""
@@ -90,12 +90,50 @@ def test_add_norm(name, drop):
     torch.testing.assert_close(add_norm(norm, x)[1], norm(x))
 
 
-def test_add_norm_gives_what_the_next_layer_takes():
-    norm, x = get_norm("layer", 6), torch.randn(2, 3, 6)
+@pytest.mark.parametrize("name", ["layer", "rms"])
+def test_add_norm_gives_what_the_next_layer_takes(name):
+    norm, x = get_norm(name, 6), torch.randn(2, 3, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         s, y = add_norm(norm, x, torch.randn(2, 3, 6, dtype=torch.bfloat16), nn.Identity())
-        assert norm(x).dtype == torch.float32
+        assert norm(x).dtype == norm(x.bfloat16()).dtype == torch.float32
+        assert norm(x.double()).dtype == add_norm(norm, x.double(), x)[1].dtype == torch.float64
     assert s.dtype == torch.float32 and y.dtype == torch.bfloat16
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["layer", "rms"])
+def test_add_norm_calls_a_norm_that_is_watched_or_changed(name):
+    """The fused operator stands for the plain norms alone; the result is the same either way."""
+    norm, seen = get_norm(name, 6), []
+    norm.weight.data.uniform_(0.5, 2)
+    x, branch = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
+    plain = add_norm(norm, x, branch)
+    handle = norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    watched = add_norm(norm, x, branch, nn.Identity())
+    assert len(seen) == 1 and torch.equal(seen[0], plain[0])
+    torch.testing.assert_close(watched, plain)
+    handle.remove()
+    add_norm(norm, x, branch)
+    assert len(seen) == 1
+
+    class Doubled(type(norm)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    doubled = Doubled(6, eps=norm.eps)
+    doubled.load_state_dict(norm.state_dict())
+    torch.testing.assert_close(add_norm(doubled, x, branch)[1], 2 * plain[1])
+
+
+def test_rms_norm_is_pytorchs():
+    ours, theirs, x = get_norm("rms", 6, eps=1e-3), nn.RMSNorm(6, eps=1e-3), torch.randn(2, 3, 6)
+    ours.weight.data.uniform_(0.5, 2)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(ours.normalise(x, torch.bfloat16), theirs(x).bfloat16())
+    s, y = add_norm(ours, x, x)
+    assert torch.equal(s, 2 * x)
+    torch.testing.assert_close(y, theirs(2 * x))
 
 
 def test_synchronized_batch_norms_keep_layout_activation_and_weights():

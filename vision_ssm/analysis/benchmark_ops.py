@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import scan_2d, selective_scan, ssd, state_fusion
+from ..ops import layer_norm, scan_2d, selective_scan, ssd, state_fusion
 from ..registry import suggest
 from ..scans import build_routes
 from ..scans.multi_direction import MultiDirectionScan
@@ -344,6 +344,39 @@ class StateFusionCase(OperatorCase):
         return 0
 
 
+@dataclass(frozen=True)
+class RMSNormCase(OperatorCase):
+    """RMS norm of the sum of a stream, in float32, and what the block before it returned.
+
+    The output is the norm: the sum, which is written beside it, is in no floor.
+    """
+
+    length: int
+    dim: int
+
+    @property
+    def shape(self) -> str:
+        return f"B={self.batch} L={self.length} C={self.dim}"
+
+    def small(self) -> OperatorCase:
+        return replace(self, batch=_CHECK_BATCH, length=67)
+
+    def values(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        place = (self.batch, self.length, self.dim)
+        return {
+            "x": torch.randn(place, device=device),
+            "residual": torch.randn(place, device=device, dtype=dtype),
+            "weight": 1 + torch.randn(self.dim, device=device) / 2,
+        }
+
+    def bind(self, values: dict[str, Tensor]) -> Bound:
+        leaves = _leaves(values)
+        return Bound(lambda: layer_norm(**leaves, center=False, out_dtype=leaves["residual"].dtype)[1], leaves)
+
+    def exponentials(self) -> int:
+        return 0
+
+
 def _state_fusion_cases() -> dict[str, OperatorCase]:
     sides = [(stage, 224 // _STRIDES[stage - 1]) for stage in range(1, 5)]
     return {
@@ -374,6 +407,7 @@ CASES: dict[str, OperatorCase] = {
     "ssd_tokens": SSDCase(128, "Adventurer-T at 224 x 224", 198, 8, 64, 1, 64),
     "ssd_stage1": SSDCase(128, "vmamba_tiny_m2, stage 1, four routes as groups", 3136, 24, 16, 4, 64),
     **_state_fusion_cases(),
+    "rms_norm_tokens": RMSNormCase(128, "Vim-T at 224 x 224", 197, 192),
 }
 
 

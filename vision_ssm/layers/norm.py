@@ -3,7 +3,6 @@
 import torch
 from timm.layers import DropPath, convert_sync_batchnorm
 from torch import nn
-from torch.nn import functional as F
 
 from ..ops.layer_norm import layer_norm
 from ..registry import suggest
@@ -44,6 +43,11 @@ def synchronize_batch_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+def _result_dtype(x: torch.Tensor) -> torch.dtype:
+    """dtype of a norm of `x`, as PyTorch's own norms have it."""
+    return torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the channels of a channel-last map.
 
@@ -52,8 +56,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, ..., C). Returns the same shape."""
-        out_dtype = torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=out_dtype)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps, out_dtype=_result_dtype(x))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -62,14 +65,16 @@ class RMSNorm(nn.RMSNorm):
     The result of `forward` is float32 under autocast; `add_norm` gives the autocast dtype.
     """
 
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__(dim, eps=eps)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, ..., C). Returns the same shape."""
-        return self.normalise(x, torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype)
+        return self.normalise(x, _result_dtype(x))
 
     def normalise(self, x: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
         """`forward` with the result in `out_dtype`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.normalized_shape, self.weight.to(wide.dtype), self.eps).to(out_dtype)
+        return layer_norm(x, self.weight, eps=self.eps, center=False, out_dtype=out_dtype)
 
 
 def get_norm(name: str, dim: int, eps: float = 1e-5) -> nn.Module:
@@ -92,7 +97,7 @@ def get_norm(name: str, dim: int, eps: float = 1e-5) -> nn.Module:
 def add_norm(
     norm: nn.Module, x: torch.Tensor, branch: torch.Tensor | None = None, drop_path: nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``s = x + drop_path(branch)`` and ``norm(s)``, in one pass over memory for a layer norm.
+    """``s = x + drop_path(branch)`` and ``norm(s)``, in one pass over memory for a layer norm or an RMS norm.
 
     Args:
         norm: a norm of `get_norm`.
@@ -106,14 +111,16 @@ def add_norm(
     kind = x.device.type
     out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     out_dtype = out_dtype if x.dtype == torch.float32 else x.dtype
-    if not is_plain(norm, LayerNorm):
+    if not is_plain(norm, LayerNorm, RMSNorm):
         if branch is not None:
             x = x + (branch if drop_path is None else drop_path(branch))
-        return x, norm.normalise(x, out_dtype) if is_plain(norm, RMSNorm) else norm(x)
-    options = dict(eps=norm.eps, out_dtype=out_dtype)
+        return x, norm(x)
+    center = isinstance(norm, LayerNorm)
+    bias = norm.bias if center else None
+    options = dict(eps=norm.eps, center=center, out_dtype=out_dtype)
     if branch is None:
-        return x, layer_norm(x, norm.weight, norm.bias, **options)
+        return x, layer_norm(x, norm.weight, bias, **options)
     scale = None
     if isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob > 0:
         scale = drop_path(x.new_ones(x.shape[0], 1, dtype=torch.float32)).flatten()  # of every sample
-    return layer_norm(x, norm.weight, norm.bias, residual=branch, row_scale=scale, **options)
+    return layer_norm(x, norm.weight, bias, residual=branch, row_scale=scale, **options)

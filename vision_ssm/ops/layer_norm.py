@@ -1,4 +1,4 @@
-"""Layer norm over the last axis, with the residual addition that comes before it in a pre-norm block."""
+"""Layer norm and RMS norm over the last axis, with the residual addition before it in a pre-norm block."""
 
 import math
 from typing import Any
@@ -13,7 +13,8 @@ from .registration import register_operator, wants_gradient
 from .torch_layer_norm import layer_norm_reference
 
 _OP = "layer_norm"
-_FLOPS_PER_ELEMENT = 8  # mean: 1; deviation: 3; normalising: 2; weight and bias: 2
+# Layer norm: mean 1, deviation 3, normalising 2, weight and bias 2. RMS norm: squares 2, normalising 1, weight 1.
+_FLOPS_PER_ELEMENT = {True: 8, False: 4}
 
 
 def _fake(
@@ -21,8 +22,9 @@ def _fake(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
+    center: bool,
     out_dtype: torch.dtype | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -30,9 +32,14 @@ def _fake(
     return s, x.new_empty(x.shape, dtype=out_dtype or x.dtype)
 
 
-def layer_norm_flops(x: tuple[int, ...], residual: tuple[int, ...] | None, *_: Any) -> int:
-    """FLOPs of a layer norm of a tensor of shape `x`: 8 per element, and 1 for the addition of a `residual`."""
-    return (_FLOPS_PER_ELEMENT + (residual is not None)) * math.prod(x)
+def layer_norm_flops(x: tuple[int, ...], residual: tuple[int, ...] | None, center: bool = True) -> int:
+    """FLOPs of a norm of a tensor of shape `x`: 8 per element, of an RMS norm 4; 1 for the addition of a `residual`."""
+    return (_FLOPS_PER_ELEMENT[center] + (residual is not None)) * math.prod(x)
+
+
+def _flops_of_inputs(*inputs: Any) -> int:
+    x, residual, _, _, _, _, center, *_ = inputs
+    return layer_norm_flops(x, residual, center)
 
 
 # What backward needs is s, not x and the residual. An operator may not return one tensor twice, so `saved` could only
@@ -40,12 +47,12 @@ def layer_norm_flops(x: tuple[int, ...], residual: tuple[int, ...] | None, *_: A
 # residual, which is 2 bytes in a bfloat16 branch, and x, which is the s of the norm before and kept by that anyway.
 _layer_norm = register_operator(
     _OP,
-    "Tensor x, Tensor? residual, Tensor? row_scale, Tensor weight, Tensor bias, float eps, ScalarType? out_dtype, "
-    "bool save",
+    "Tensor x, Tensor? residual, Tensor? row_scale, Tensor weight, Tensor? bias, float eps, bool center, "
+    "ScalarType? out_dtype, bool save",
     ("s", "y"),
     torch_layer_norm,
     _fake,
-    layer_norm_flops,
+    _flops_of_inputs,
     saved=("statistics",),
 )
 
@@ -53,25 +60,28 @@ _layer_norm = register_operator(
 def layer_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
+    center: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer norm over the last axis of ``s = x + row_scale * residual``.
+    """Layer norm, or RMS norm, over the last axis of ``s = x + row_scale * residual``.
 
-    ``y = (s - mean) / sqrt(var + eps) * weight + bias``, computed in float32 (float64 for float64 `x`) whatever
-    autocast says, from s as it is returned, in the dtype of `x`.
+    ``y = (s - mean) / sqrt(var + eps) * weight + bias``, or ``y = s / sqrt(mean of squares + eps) * weight + bias``
+    without `center`, computed in float32 (float64 for float64 `x`) whatever autocast says, from s as it is returned, in
+    the dtype of `x`.
 
     Args:
         x: (B, ..., C), any floating dtype.
         weight: (C).
-        bias: (C).
+        bias: (C), or None.
         residual: (B, ..., C), what is added to `x` before the norm, any floating dtype.
         row_scale: (B), factor of every sample's residual, as drop path gives it. Not differentiable.
-        eps: added to the variance.
+        eps: added to the variance, or to the mean of squares.
+        center: whether the mean is subtracted: a layer norm; if not, an RMS norm.
         out_dtype: floating dtype of y; None: that of `x`.
 
     Returns:
@@ -83,7 +93,7 @@ def layer_norm(
             VISION_SSM_BACKEND names no backend.
         RuntimeError: VISION_SSM_BACKEND asks for a backend that cannot run here.
     """
-    check_tensors(_OP, dict(x=x, weight=weight, bias=bias), dict(residual=residual, row_scale=row_scale))
+    check_tensors(_OP, dict(x=x, weight=weight), dict(bias=bias, residual=residual, row_scale=row_scale))
     if x.dim() < 2 or 0 in x.shape[1:]:
         raise ValueError(f"{_OP}: x must be (B, ..., C) without an empty dimension but B, got shape {tuple(x.shape)}")
     check_shape(_OP, "weight", weight, tuple(x.shape[-1:]), "(C)")
@@ -101,8 +111,8 @@ def layer_norm(
 
     if demanded_backend() == "reference":
         return layer_norm_reference(
-            x, weight, bias, residual=residual, row_scale=row_scale, eps=eps, out_dtype=out_dtype
+            x, weight, bias, residual=residual, row_scale=row_scale, eps=eps, center=center, out_dtype=out_dtype
         )
     save = wants_gradient(x, residual, weight, bias)
-    s, y, _ = _layer_norm(x, residual, row_scale, weight, bias, eps, out_dtype, save)
+    s, y, _ = _layer_norm(x, residual, row_scale, weight, bias, eps, center, out_dtype, save)
     return y if residual is None else (s, y)

@@ -1,4 +1,4 @@
-"""Layer norm in plain PyTorch: its reference twin, and the path of every device without a kernel of its own."""
+"""Layer norm and RMS norm in plain PyTorch: their reference twin, and the path of every device without a kernel."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from .chunked import work_dtype
 def layer_norm_reference(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
     row_scale: Tensor | None = None,
     eps: float = 1e-5,
+    center: bool = True,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Residual addition and layer norm, formula by formula; see :func:`vision_ssm.ops.layer_norm.layer_norm`."""
+    """Residual addition and norm, formula by formula; see :func:`vision_ssm.ops.layer_norm.layer_norm`."""
     work = work_dtype(x)
     s = x.to(work)
     if residual is not None:
@@ -28,9 +29,13 @@ def layer_norm_reference(
             branch = branch * row_scale.to(work).view(-1, *[1] * (x.dim() - 1))
         s = s + branch
     s = s.to(x.dtype)
-    centred = s.to(work) - s.to(work).mean(-1, keepdim=True)
-    y = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps)
-    y = (y * weight.to(work) + bias.to(work)).to(out_dtype or x.dtype)
+    y = s.to(work)
+    if center:
+        y = y - y.mean(-1, keepdim=True)
+    y = y / torch.sqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(work)
+    if bias is not None:
+        y = y + bias.to(work)
+    y = y.to(out_dtype or x.dtype)
     return y if residual is None else (s, y)
 
 
@@ -60,13 +65,14 @@ def empty_saved(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
+    center: bool,
     out_dtype: torch.dtype | None,
     save: bool,
 ) -> Sequence[Tensor]:
-    """Mean and reciprocal deviation of every row, (rows, 2)."""
-    return [x.new_empty(math.prod(x.shape[:-1]), 2, dtype=work_dtype(x))]
+    """Mean, if it is subtracted, and reciprocal deviation of every row, (rows, 2) or (rows, 1)."""
+    return [x.new_empty(math.prod(x.shape[:-1]), 1 + center, dtype=work_dtype(x))]
 
 
 def forward(
@@ -74,17 +80,50 @@ def forward(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
+    center: bool,
     out_dtype: torch.dtype | None,
     save: bool,
 ) -> Sequence[Tensor]:
-    """Returns s (empty without a residual), y and, if `save`, the mean and reciprocal deviation of every row."""
+    """Returns s (empty without a residual), y and, if `save`, what `empty_saved` describes."""
     work = work_dtype(x)
     s = _sum(x, residual, row_scale)
-    y, mean, rstd = torch.native_layer_norm(_shifted(s), x.shape[-1:], weight.to(work), bias.to(work), eps)
+    weight, bias = weight.to(work), None if bias is None else bias.to(work)
+    if center:
+        y, *statistics = torch.native_layer_norm(_shifted(s), x.shape[-1:], weight, bias, eps)
+    else:
+        wide = s.to(work).contiguous()  # whatever the strides, rows are summed in one order
+        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        y, statistics = (wide * rstd).mul_(weight), [rstd]
+        if bias is not None:
+            y += bias
     results = [x.new_empty(0) if residual is None else s, y.to(out_dtype or x.dtype)]
-    return [*results, torch.stack([mean.flatten(), rstd.flatten()], dim=1)] if save else results
+    return [*results, torch.stack([column.flatten() for column in statistics], dim=1)] if save else results
+
+
+def _centred_backward(
+    grad_y: Tensor, s: Tensor, statistics: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the sum `s`, the weight and the bias of a layer norm; all tensors in the working dtype."""
+    mean, rstd = (column.contiguous() for column in statistics)
+    grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_y, _shifted(s), s.shape[-1:], mean, rstd, weight, bias, [True, True, bias is not None]
+    )
+    if s.shape[-1] == 1:
+        grad.zero_()  # y is the bias; PyTorch leaves a rounding error, times the large reciprocal deviation
+    return grad, grad_weight, grad_bias
+
+
+def _rms_backward(
+    grad_y: Tensor, s: Tensor, statistics: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `_centred_backward`, of an RMS norm."""
+    (rstd,) = statistics
+    normal, weighted = s * rstd, grad_y * weight
+    grad = (weighted - normal * (weighted * normal).mean(-1, keepdim=True)) * rstd
+    rows = tuple(range(s.dim() - 1))
+    return grad, (grad_y * normal).sum(rows), None if bias is None else grad_y.sum(rows)
 
 
 def backward(
@@ -95,27 +134,25 @@ def backward(
     residual: Tensor | None,
     row_scale: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
     *_: object,
 ) -> dict[str, Tensor]:
     """Gradients by name, from the `statistics` that `forward` kept; zeros for `row_scale`."""
     work = work_dtype(x)
     if not grad_y.numel():
         grad_y = x.new_zeros(x.shape)
-    mean, rstd = (column.view(*x.shape[:-1], 1) for column in statistics.unbind(1))
-    grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+    grad, grad_weight, grad_bias = (_centred_backward if center else _rms_backward)(
         grad_y.to(work).contiguous(),
-        _shifted(_sum(x, residual, row_scale)),
-        x.shape[-1:],
-        mean.contiguous(),
-        rstd.contiguous(),
+        _sum(x, residual, row_scale).to(work).contiguous(),
+        [column.view(*x.shape[:-1], 1) for column in statistics.unbind(1)],
         weight.to(work),
-        bias.to(work),
-        [True, True, True],
+        None if bias is None else bias.to(work),
     )
-    if x.shape[-1] == 1:
-        grad.zero_()  # y is the bias; PyTorch leaves a rounding error, times the large reciprocal deviation
-    gradients = {"weight": grad_weight, "bias": grad_bias}
+    gradients = {"weight": grad_weight}
+    if grad_bias is not None:
+        gradients["bias"] = grad_bias
     if residual is not None:
         if grad_s.numel():
             grad = grad + grad_s.to(work)
