@@ -241,6 +241,9 @@ def test_positions_serve_any_size():
     assert resample_position_table(model.pos_embed.table, 4, 4) is model.pos_embed.table
     halved = resample_position_table(model.pos_embed.table.bfloat16(), 6, 3)
     assert halved.dtype == torch.bfloat16
+    wide = model.pos_embed.table.double()
+    expected = nn.functional.interpolate(wide, size=(6, 3), mode="bicubic")
+    torch.testing.assert_close(resample_position_table(wide, 6, 3), expected, rtol=1e-12, atol=1e-12)
     assert small(positions=False).pos_embed is None
 
 

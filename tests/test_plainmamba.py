@@ -248,7 +248,7 @@ def test_import_of_other_forms():
     [
         (dict(embed_dim=64), "unknown hyperparameters of an original PlainMamba: embed_dim. Did you mean 'embed_dims'"),
         (dict(arch="L4"), "unknown arch 'L4' of an original PlainMamba. Did you mean 'L"),
-        (dict(patch_size=8), "the patches of PlainMamba are 16 x 16, got 8"),
+        (dict(patch_size=7), "patch_size must be even, as the convolutions halve the image; got 7"),
     ],
 )
 def test_wrong_hyperparameters(config, message):
@@ -257,8 +257,35 @@ def test_wrong_hyperparameters(config, message):
 
 
 def test_positions_of_another_shape():
-    with pytest.raises(ValueError, match="belongs to a square grid, got 15 positions"):
+    with pytest.raises(ValueError, match="pos_embed has 15 rows for patches: neither this model's grid nor a square one"):
         imported(**{"backbone.pos_embed": torch.zeros(1, 15, 64)})
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 128)])  # 128 / 16 times 32 / 16 is a square number as well
+def test_original_of_images_that_are_not_square(size):
+    rows = golden_cases.tensor_for("backbone.pos_embed", [1, size[0] * size[1] // 256, 64])
+    model = imported(dict(img_size=size), **{"backbone.pos_embed": rows})
+    assert torch.equal(model.pos_embed.table.flatten(2).mT, rows)
+    assert model.pos_embed.table.shape[2:] == (size[0] // 16, size[1] // 16)
+
+
+def test_original_with_other_patches():
+    rows, kernel = torch.randn(1, 64, 64), torch.randn(64, 64, 4, 4)
+    weights = {"backbone.pos_embed": rows, "backbone.patch_embed.projection.weight": kernel}
+    model = imported(dict(patch_size=8), **weights).double()
+    x = torch.randn(1, 3, 70, 50, dtype=torch.float64)
+    cells = model.stem.convs(x)  # (1, 64, 35, 25), padded to (36, 28)
+    expected = F.conv2d(F.pad(cells, (0, 3, 0, 1)), kernel.double(), model.stem.patches.conv.bias, stride=4)
+    torch.testing.assert_close(model.stem(x).permute(0, 3, 1, 2), expected)
+    assert model.forward_intermediates(x)[0].shape == (1, 64, 9, 7) and model.feature_info[0]["reduction"] == 8
+
+
+def test_hyperparameters_in_other_forms():
+    head = {"backbone.ln1.weight", "head.fc.weight"}
+    (cls,) = families()["plainmamba"]
+    assert cls.from_official_config(dict(arch="L1", out_indices=-1, drop_rate=0.1), head) == cls.from_official_config(
+        dict(arch="L1"), head
+    )
 
 
 def test_compiled_model_takes_any_size():

@@ -4,8 +4,8 @@ Paper: Causal Image Modeling for Efficient Visual Understanding, arXiv 2410.0759
 Source: github.com/wangf3014/Adventurer, commit a895f9ed, models_mamba.py. Weights: see `PUBLISHED`.
 
 New in this family: the mixer `CausalScan`, one forward scan behind a token that is the mean of all tokens, with the
-class token last, where it has seen everything. The paper reverses the patches in every second pair of blocks; its code,
-and so its weights, reverse them in blocks 2 and 3 alone, which is what `reversed_blocks` says.
+class token last, where it has seen everything. The paper reverses the patches in every second block; its code, and so
+its weights, reverse them in blocks 2 and 3 alone, which is what `reversed_blocks` says.
 """
 
 import math
@@ -22,7 +22,6 @@ from .base import ScanBlock, drop_path_rates, register_family, resolve_scan
 from .official import official_settings, rename
 from .plain import PlainBackbone
 
-_NORM_EPS = 1e-5
 _SCAN = dict(type="causal", expand=2.0, state_dim=64, head_dim=64)
 _REVERSED_BLOCKS = (2, 3)
 
@@ -40,8 +39,10 @@ class Adventurer(PlainBackbone):
             family's own.
         mlp_ratio: hidden width of the gated MLP over `dim`; 0 leaves the MLP out.
         norm: ``"rms"`` or ``"layer"``, before both branches and behind the last block.
+        norm_eps: epsilon of these norms.
         class_tokens: see `PlainBackbone`.
         img_size: image size that sizes the position table.
+        remainder: see `PatchStem`.
         drop_path_rate: stochastic depth of the last block; earlier blocks but the first are one step behind a linear
             rise.
         **common: in_chans, num_classes, features_only, out_indices, out_norm, drop_rate, feature_source, pyramid; see
@@ -60,8 +61,10 @@ class Adventurer(PlainBackbone):
         reversed_blocks: Sequence[int] = _REVERSED_BLOCKS,
         mlp_ratio: float = 2.5,
         norm: str = "rms",
+        norm_eps: float = 1e-5,
         class_tokens: str = "last",
         img_size: int | tuple[int, int] = 224,
+        remainder: str = "pad",
         drop_path_rate: float = 0.0,
         **common: Any,
     ):
@@ -70,14 +73,14 @@ class Adventurer(PlainBackbone):
         reversed_spec = spec
         if spec is not False and spec["type"] in ("causal", "CausalScan"):
             reversed_spec = {**spec, "reverse": True}
-        self.stem = PatchStem(self.in_chans, dim, patch_size, norm="none")
+        self.stem = PatchStem(self.in_chans, dim, patch_size, "none", remainder)
         rates = [0.0, *drop_path_rates(drop_path_rate, [depth])[0]]
         blocks = [
             ScanBlock(
                 dim,
                 reversed_spec if i in reversed_blocks else spec,
                 norm=norm,
-                norm_eps=_NORM_EPS,
+                norm_eps=norm_eps,
                 mlp_ratio=mlp_ratio,
                 mlp_act="silu",
                 mlp_gated=True,
@@ -86,7 +89,7 @@ class Adventurer(PlainBackbone):
             for i in range(depth)
         ]
         size = (img_size, img_size) if isinstance(img_size, int) else img_size
-        self.finish_plain(blocks, dim, patch_size, self.stem.grid_size(size), norm, _NORM_EPS)
+        self.finish_plain(blocks, dim, patch_size, self.stem.grid_size(size), norm, norm_eps)
         lecun_normal_(self.stem.conv.weight)
         nn.init.zeros_(self.stem.conv.bias)
         for block in self.stages:
@@ -137,9 +140,7 @@ class Adventurer(PlainBackbone):
         given = official_settings("Adventurer", config, _OFFICIAL_DEFAULTS)
         if given["ngroups"] != 1:
             raise ValueError(f"an original Adventurer has one group of B and C, got ngroups={given['ngroups']}")
-        if given["norm_epsilon"] != _NORM_EPS:
-            raise ValueError(f"norm_epsilon of an original Adventurer is {_NORM_EPS}, got {given['norm_epsilon']}")
-        dim = given["embed_dim"]
+        dim, hidden = given["embed_dim"], given["mlp_hidden"]
         return dict(
             dim=dim,
             depth=given["depth"],
@@ -151,8 +152,11 @@ class Adventurer(PlainBackbone):
                 head_dim=given["headdim"],
                 conv_kernel=given["d_conv"],
             ),
-            mlp_ratio=2.5 if given["mlp_hidden"] is None else given["mlp_hidden"] / dim,
+            # rounded up, so that the block, which rounds its product with the width down, gets that width
+            mlp_ratio=2.5 if hidden is None else math.nextafter(hidden / dim, math.inf),
             norm="rms" if given["rms_norm"] else "layer",
+            norm_eps=given["norm_epsilon"],
+            remainder="drop",
             drop_rate=given["drop_rate"],
             drop_path_rate=given["drop_path_rate"],
             num_classes=given["num_classes"] if "head.weight" in keys else 0,
@@ -176,7 +180,7 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     embed_dim=256,
     num_classes=1000,
     rms_norm=True,
-    norm_epsilon=_NORM_EPS,
+    norm_epsilon=1e-5,
     mamba_expand=2,
     mamba_d_state=64,
     headdim=64,

@@ -26,7 +26,6 @@ from .base import Branch, ScanBlock, _add, drop_path_rates, register_family, res
 from .official import official_settings, rename
 from .plain import PlainBackbone
 
-_PATCH_SIZE = 16
 _STEM_WIDTH = 64
 _NORM_EPS = 1e-6  # of the norms behind the blocks
 _SCAN = dict(type="continuous", init="trunc_normal")
@@ -35,18 +34,20 @@ _SCAN = dict(type="continuous", init="trunc_normal")
 class ConvPatchStem(nn.Module):
     """A 7x7 convolution of stride 2, more 3x3 convolutions, all of 64 channels with batch norm and ReLU, then patches.
 
-    Patches are 8x8 cells of that map, 16x16 pixels; sizes that they do not fill are padded. Parameters: ``convs``,
-    ``patches``.
+    Patches are squares of that map, `patch_size` pixels wide; sizes that they do not fill are padded. Parameters:
+    ``convs``, ``patches``.
     """
 
-    def __init__(self, in_chans: int, dim: int, convs: int = 1):
+    def __init__(self, in_chans: int, dim: int, convs: int = 1, patch_size: int = 16):
         super().__init__()
+        if patch_size < 2 or patch_size % 2:
+            raise ValueError(f"patch_size must be even, as the convolutions halve the image; got {patch_size}")
         first = ConvNormAct(in_chans, _STEM_WIDTH, 7, stride=2)
         self.convs = nn.Sequential(first, *(ConvNormAct(_STEM_WIDTH, _STEM_WIDTH, 3) for _ in range(convs)))
-        self.patches = PatchStem(_STEM_WIDTH, dim, _PATCH_SIZE // 2, norm="none")
+        self.patches = PatchStem(_STEM_WIDTH, dim, patch_size // 2, norm="none")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, C, H, W). Returns (B, ceil(H / 16), ceil(W / 16), dim)."""
+        """x: (B, C, H, W). Returns (B, ceil(H / patch_size), ceil(W / patch_size), dim)."""
         return self.patches(self.convs(x.contiguous(memory_format=torch.channels_last)))
 
 
@@ -86,6 +87,7 @@ class PlainMamba(PlainBackbone):
         dim: width of all of them.
         scan: strategy of the blocks, or options that replace some of PlainMamba's own (see `resolve_scan`); False
             leaves the mixers out.
+        patch_size: side of a patch, even.
         stem_convs: 3x3 convolutions of the stem.
         local_blocks: numbers of the blocks with a local convolution, see `PlainMambaBlock`.
         norm: norm inside the blocks, ``"layer"`` or ``"rms"``.
@@ -106,6 +108,7 @@ class PlainMamba(PlainBackbone):
         depth: int = 24,
         dim: int = 192,
         scan: str | dict | Literal[False] | None = None,
+        patch_size: int = 16,
         stem_convs: int = 2,
         local_blocks: Sequence[int] = (),
         norm: str = "layer",
@@ -120,7 +123,7 @@ class PlainMamba(PlainBackbone):
             raise ValueError(f"local_blocks must be numbers of blocks in 0..{depth - 1}, got {tuple(local_blocks)}")
         if norm_indices is not None and self.features_only:
             raise ValueError("norm_indices is for classifiers; a features_only model normalises those of out_indices")
-        self.stem = ConvPatchStem(self.in_chans, dim, stem_convs)
+        self.stem = ConvPatchStem(self.in_chans, dim, stem_convs, patch_size)
         spec = resolve_scan(scan, _SCAN)
         (rates,) = drop_path_rates(drop_path_rate, (depth,))
         blocks = [
@@ -128,8 +131,8 @@ class PlainMamba(PlainBackbone):
             for i, rate in enumerate(rates)
         ]
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
-        grid_size = (math.ceil(height / _PATCH_SIZE), math.ceil(width / _PATCH_SIZE))
-        self.finish_plain(blocks, dim, _PATCH_SIZE, grid_size, norm_eps=_NORM_EPS)
+        grid_size = (math.ceil(height / patch_size), math.ceil(width / patch_size))
+        self.finish_plain(blocks, dim, patch_size, grid_size, norm_eps=_NORM_EPS)
         last = depth - 1
         if norm_indices is not None:
             self.out_indices = self._resolve_indices(norm_indices)
@@ -170,24 +173,20 @@ class PlainMamba(PlainBackbone):
             if conv:  # convolution, norm and activation in turns, behind the first convolution
                 number, part = divmod(int(conv[1]), 3)
                 key = f"stem.convs.{number + 1}.{('conv', 'bn')[part]}.{conv[2]}"
-            if key == "pos_embed":
-                key, value = "pos_embed.table", _square_table(value)
             renamed[key] = value
         return renamed
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = official_settings("PlainMamba", config, _OFFICIAL_DEFAULTS)
+        given = official_settings("PlainMamba", config, _OFFICIAL_DEFAULTS, without_effect=["drop_rate"])
         arch = config.get("arch") or {}
         if isinstance(arch, str):
             if arch not in _OFFICIAL_ARCHS:
                 raise ValueError(f"unknown arch {arch!r} of an original PlainMamba.{suggest(arch, _OFFICIAL_ARCHS)}")
             arch = _OFFICIAL_ARCHS[arch]
         given.update({**arch, **config})
-        if given["patch_size"] != _PATCH_SIZE:
-            raise ValueError(f"the patches of PlainMamba are {_PATCH_SIZE} x {_PATCH_SIZE}, got {given['patch_size']}")
-        depth = given["num_layers"]
-        wanted = sorted(i % depth for i in given["out_indices"])
+        depth, indices = given["num_layers"], given["out_indices"]
+        wanted = sorted(i % depth for i in ([indices] if isinstance(indices, int) else indices))
         head = any(key.startswith("head.") for key in keys)
         return dict(
             depth=depth,
@@ -197,7 +196,8 @@ class PlainMamba(PlainBackbone):
             norm="rms" if given["use_rms_norm"] else "layer",
             final_norm=given["final_norm"],
             norm_indices=wanted if head and wanted != [depth - 1] else None,
-            img_size=given["img_size"],
+            patch_size=given["patch_size"],
+            img_size=given["img_size"] if isinstance(given["img_size"], int) else tuple(given["img_size"]),
             drop_path_rate=given["drop_path_rate"],
             num_classes=given["num_classes"] if head else 0,
             features_only=not head,
@@ -213,14 +213,6 @@ class PlainMamba(PlainBackbone):
         )
 
 
-def _square_table(table: torch.Tensor) -> torch.Tensor:
-    """Positions (1, L, C) of a square grid as (1, C, H, W)."""
-    side = math.isqrt(table.shape[1])
-    if side * side != table.shape[1]:
-        raise ValueError(f"a position table of PlainMamba belongs to a square grid, got {table.shape[1]} positions")
-    return table.transpose(1, 2).unflatten(2, (side, side)).contiguous()  # (1, L, C) -> (1, C, H, W)
-
-
 _OFFICIAL_KEYS = (
     (r"^backbone\.", ""),
     (r"^head\.fc\.", "head."),
@@ -232,6 +224,7 @@ _OFFICIAL_KEYS = (
     (r"^(stages\.\d+)\.dw\.", r"\1.local."),
     (r"^(stages\.\d+)\.mamba\.", r"\1.mixer."),
     (r"^ln1\.", "norm."),
+    (r"^pos_embed$", "pos_embed.rows"),
     (r"^norm_layer(\d+)\.", r"out_norms.\1."),
 )
 OFFICIAL_MIXER_KEYS = (

@@ -7,7 +7,8 @@ backbone, segmentation/MambaCNNBackbone.py. Weights: see `PUBLISHED`; the licenc
 
 New in this family: token mixing by depthwise convolutions inside the MLPs of all blocks, and PlainMamba's scan in the
 last blocks of the last stage alone, in the form of `ContinuousScan` without gate, with batch-normalised 1x1
-convolutions, a norm and ReLU. Batch norms everywhere else. Two classifiers, one of which learns from a teacher.
+convolutions, a norm and ReLU. Batch norms everywhere else but in front of the two classifiers, one of which learns from
+a teacher.
 """
 
 import re

@@ -10,7 +10,8 @@ def resample_position_table(table: torch.Tensor, height: int, width: int) -> tor
     """Bicubic resampling (align_corners False) of a (1, C, H0, W0) table to (1, C, height, width)."""
     if table.shape[-2:] == (height, width):
         return table
-    resized = F.interpolate(table.float(), size=(height, width), mode="bicubic", align_corners=False)
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    resized = F.interpolate(wide, size=(height, width), mode="bicubic", align_corners=False)
     return resized.to(table.dtype)
 
 
