@@ -71,7 +71,7 @@ def test_leaf_is_short_and_names_its_model(path):
     cfg = Config.fromfile(str(path))
     name = cfg.model.backbone.name
     if name != "vmamba_micro":
-        assert re.fullmatch(rf"{name}_(\d+xb\d+_in1k(_distill|_stage[23])?|finetune)", path.stem)
+        assert re.fullmatch(rf"{name}_(\d+xb\d+_in1k(_distill|_stage[23]|_300e)?|finetune)", path.stem)
     if path.stem.endswith("_in1k"):
         family = find_family(name)
         assert cfg.model.backbone.get("drop_path_rate", 0.0) == family.variants[name].get("drop_path_rate", 0.0)

@@ -3,6 +3,8 @@
 import golden_cases
 import pytest
 import torch
+from engine_support import CONFIGS
+from mmengine.config import Config
 from timm.models.efficientvim import EfficientViM as TimmModel
 from timm.models.efficientvim import EfficientViMDistilled as TimmDistilledModel
 
@@ -167,6 +169,22 @@ def test_only_its_own_keys_are_recognised():
     for name in vision_ssm.list_models("*_micro"):
         keys = set(vision_ssm.create_model(name).state_dict())
         assert EfficientViM.recognises(keys) == (name == "efficientvim_micro"), name
+
+
+@pytest.mark.parametrize("name", ["efficientvim_m1", "efficientvim_m2", "efficientvim_m3", "efficientvim_m4"])
+def test_both_trainings_of_the_plain_models(name):
+    """450 epochs, whose weights are the variant's, and 300; both with 10 more at the last rate."""
+    (shorter,) = EfficientViM.published[name]["also"]
+    trainings = {"": (EfficientViM.published[name], 450), "_300e": (shorter, 300)}
+    for ending, (published, epochs) in trainings.items():
+        path = CONFIGS / "classification" / f"{name}_8xb256_in1k{ending}.py"
+        reported = f"reported top-1 {published['top1_reported']} % (arXiv 2411.15241), {epochs} epochs"
+        assert reported in path.read_text().splitlines()[0] and f"_e{epochs}.pth" in published["file"]
+        cfg = Config.fromfile(str(path))
+        assert (cfg.model.backbone.name, cfg.train_cfg.max_epochs) == (name, epochs + 10)
+        assert cfg.param_scheduler[1].end == epochs and cfg.optim_wrapper.optimizer.lr == 2e-3
+        size = EfficientViM.published[name]["input_size"][1]
+        assert cfg.train_dataloader.dataset.transform.input_size == cfg.val_dataloader.dataset.transform.input_size == size
 
 
 def test_wrong_official_config():

@@ -153,6 +153,13 @@ def test_wrong_hyperparameters(official, config, message):
         vision_ssm.import_official("spatialmamba", {**CASE["config"], **config}, official)
 
 
+def test_hyperparameters_without_effect(official):
+    config = dict(CASE["config"], dt_init="constant", use_checkpoint=True, pretrained="weights.pth")
+    assert SpatialMamba.from_official_config(config, set(official)) == SpatialMamba.from_official_config(
+        CASE["config"], set(official)
+    )
+
+
 def test_widths_per_stage():
     model = vision_ssm.create_model("spatialmamba_micro", dims=(16, 48, 64, 80), num_classes=2).eval()
     assert [info["num_chs"] for info in model.feature_info] == [16, 48, 64, 80]

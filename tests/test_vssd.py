@@ -168,6 +168,14 @@ def test_scan_replaces_ssd_alone():
     assert {stage.blocks[0].mixer.state_dim for stage in model.stages[:3]} == {8}
 
 
+def test_weights_of_both_trainings_are_known():
+    for size in ("tiny", "small", "base"):
+        published = VSSD.published[f"vssd_{size}"]
+        (mesa,) = published["also"]
+        assert mesa["url"].endswith(f"/vssd_{size}_e300_with_mesa.pth") and mesa["top1_reported"] > published["top1_reported"]
+    assert "also" not in VSSD.published["vssd_micro_d48"]
+
+
 def test_drop_path_rises_over_all_blocks():
     model = vision_ssm.create_model("vssd_micro", drop_path_rate=0.3)
     assert [getattr(stage.blocks[0].drop_path, "drop_prob", 0.0) for stage in model.stages] == pytest.approx([0, 0.1, 0.2, 0.3])
@@ -212,6 +220,7 @@ def test_import_of_a_dense_backbone_without_norms():
         (dict(linear_attn_duality=False, bidirection=True, ssd_ngroups=2), dict(groups=2, order="bidirectional")),
         (dict(bidirection=True), dict(order="none")),  # read by the causal form alone
         (dict(ssd_positve_dA=False, ssd_expand=3), dict(positive_weights=False, expand=2)),
+        (dict(pretrained="weights.pth", key="model_ema"), dict(groups=1)),  # which file the dense original starts from
     ],
 )
 def test_official_switches(config, expected):

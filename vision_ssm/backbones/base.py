@@ -210,7 +210,10 @@ class Backbone(nn.Module):
     variants: ClassVar[dict[str, dict[str, Any]]]
     """Constructor keywords of every published variant, and of the family's small test variant."""
     published: ClassVar[dict[str, dict[str, Any]]]
-    """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say."""
+    """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say.
+
+    ``also`` lists further weights of the same variant in the same form, where another training of it is published.
+    """
     classifier_key: str = "head.weight"
     """A tensor of the classifier whose first size is the number of classes."""
     classifier_parts: ClassVar[tuple[str, ...]] = ("norm.", "head.")

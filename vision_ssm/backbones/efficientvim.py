@@ -3,7 +3,8 @@
 Paper: EfficientViM: Efficient Vision Mamba with Hidden State Mixer based State Space Duality, arXiv 2411.15241 (CVPR
 2025).
 Source: github.com/mlvlab/EfficientViM (MIT), commit 304340cb, classification/models/EfficientViM.py and, for images of
-any shape, detection/efficientViM.py. Weights: see `PUBLISHED`.
+any shape, detection/efficientViM.py. Weights: see `PUBLISHED`; timm has the same under the same parameter names, on the
+Hugging Face hub as timm/efficientvim_m1.e300_in1k and so on, and those load here too.
 
 New in this family: `HiddenStateMixer`; blocks that mix input and branch in learned shares per channel where others add;
 and a classifier that is a weighted sum over the last hidden states of every stage and the last map. `*_dist` have a
@@ -337,23 +338,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _published(size: str, recipe: str, identity: str, top1: float) -> dict[str, Any]:
+def _weights(size: str, recipe: str, identity: str, top1: float) -> dict[str, Any]:
+    url = f"https://drive.google.com/file/d/{identity}/view"
+    return dict(url=url, file=f"EfficientViM_{size}_{recipe}.pth", top1_reported=top1)
+
+
+def _published(size: str, recipe: str, identity: str, top1: float, *also: dict[str, Any]) -> dict[str, Any]:
     return dict(
-        url=f"https://drive.google.com/file/d/{identity}/view",
-        file=f"EfficientViM_{size}_{recipe}.pth",
-        top1_reported=top1,
+        _weights(size, recipe, identity, top1),
         input_size=(3, 256, 256) if size == "M4" else (3, 224, 224),
         license="mit",
         paper="arXiv:2411.15241",
+        also=list(also),
     )
 
 
-# of the plain models, the weights of the longer of two trainings: 450 epochs; the others are 0.2 to 0.6 % lower
+_E300 = {  # the shorter of two trainings of the plain models, beside the longer one of 450 epochs
+    "M1": _weights("M1", "e300", "1zat4-1npC-kvVkDsCDp--c5Sou7gn5Uj", 72.9),
+    "M2": _weights("M2", "e300", "1Mm7Ems4KHFCunNJ8iI0FFQOC3hav7sEj", 75.4),
+    "M3": _weights("M3", "e300", "1zmqmSwl0FHSQHaqjHHGR1XRalPibi_sf", 77.6),
+    "M4": _weights("M4", "e300", "1cfRSlvtPaGxMf1N1N_m3e1_IDh7b_OEq", 79.4),
+}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "efficientvim_m1": _published("M1", "e450", "1ztpSVnWccoGEEobpmk107US3MjX4LEgz", 73.5),
-    "efficientvim_m2": _published("M2", "e450", "1_YbrVx06cLtAaCgLG-jKH5tx1mLmnfO2", 75.8),
-    "efficientvim_m3": _published("M3", "e450", "1z8dxkVLPbZdHaran9pDeuMmILsz5xUlf", 77.9),
-    "efficientvim_m4": _published("M4", "e450", "1rVnX2FT9AVJdU6xSPhEUllXZlhUYv28z", 79.6),
+    "efficientvim_m1": _published("M1", "e450", "1ztpSVnWccoGEEobpmk107US3MjX4LEgz", 73.5, _E300["M1"]),
+    "efficientvim_m2": _published("M2", "e450", "1_YbrVx06cLtAaCgLG-jKH5tx1mLmnfO2", 75.8, _E300["M2"]),
+    "efficientvim_m3": _published("M3", "e450", "1z8dxkVLPbZdHaran9pDeuMmILsz5xUlf", 77.9, _E300["M3"]),
+    "efficientvim_m4": _published("M4", "e450", "1rVnX2FT9AVJdU6xSPhEUllXZlhUYv28z", 79.6, _E300["M4"]),
     "efficientvim_m1_dist": _published("M1", "dist", "1S0HSauwj-d-2_tqf20fBlNAdQbUxhypD", 74.6),
     "efficientvim_m2_dist": _published("M2", "dist", "1HrzY3hI1F0FwXXy8ejO6kXUi-QGK4I74", 76.7),
     "efficientvim_m3_dist": _published("M3", "dist", "13u_UgyOC2sH1ThcQO4GhnW572SggfsTq", 79.1),

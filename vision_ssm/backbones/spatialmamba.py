@@ -124,7 +124,7 @@ _OFFICIAL_KEYS = (
 )
 _FUSION_KERNELS = ("kernel_3", "kernel_3_1", "kernel_3_2")  # of dilation 1, 3 and 5
 
-_WITHOUT_EFFECT = {"dt_init", "use_checkpoint"}  # of the original's hyperparameters, on what the weights compute
+_WITHOUT_EFFECT = {"dt_init", "use_checkpoint", "pretrained"}  # on what the weights compute
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     patch_size=4,
     in_chans=3,

@@ -211,7 +211,7 @@ _BLOCK_KEYS = (
     (r"^outnorm(\d+)\.", r"out_norms.\1."),
 )
 _WITHOUT_EFFECT = {  # on what the weights compute
-    *("ssd_chunk_size", "qkv_bias", "drop_rate", "use_checkpoint", "pretrained"),
+    *("ssd_chunk_size", "qkv_bias", "drop_rate", "use_checkpoint", "pretrained", "key"),
     *("image_size", "img_size", "lepe", "LEPE", "ssd_expand"),  # the original takes any keyword and ignores these
 }
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
@@ -248,16 +248,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _published(file: str, top1: float, ema: bool = True) -> dict[str, Any]:
-    url = f"https://huggingface.co/YuhengSSS/VSSD/resolve/main/{file}"
-    return dict(url=url, file=file, top1_reported=top1, ema=ema, paper="arXiv:2407.18559")
+def _weights(name: str, top1: float) -> dict[str, Any]:
+    file = f"vssd_{name}.pth"
+    return dict(url=f"https://huggingface.co/YuhengSSS/VSSD/resolve/main/{file}", file=file, top1_reported=top1)
 
+
+def _published(size: str, top1: float, top1_with_mesa: float) -> dict[str, Any]:
+    """Averaged weights, and beside them those that also learned from their average (MESA)."""
+    also = [_weights(f"{size}_e300_with_mesa", top1_with_mesa)]
+    return dict(_weights(f"{size}_best_ema", top1), ema=True, paper=_PAPER, also=also)
+
+
+_PAPER = "arXiv:2407.18559"
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "vssd_micro_d48": _published("vssd_micro_best.pth", 82.5, ema=False),
-    "vssd_tiny": _published("vssd_tiny_best_ema.pth", 83.6),
-    "vssd_small": _published("vssd_small_best_ema.pth", 84.1),
-    "vssd_base": _published("vssd_base_best_ema.pth", 84.7),
+    "vssd_micro_d48": dict(_weights("micro_best", 82.5), ema=False, paper=_PAPER),
+    "vssd_tiny": _published("tiny", 83.6, 84.1),
+    "vssd_small": _published("small", 84.1, 84.5),
+    "vssd_base": _published("base", 84.7, 85.4),
 }
 
 VSSD.variants = VARIANTS
