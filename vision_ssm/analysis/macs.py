@@ -28,12 +28,13 @@ def _doubled(formula: Callable[..., int]) -> Callable[..., int]:
     return lambda *shapes, **_: 2 * formula(*shapes)
 
 
-# what these give is halved with everything else, so the operations of a scan count once each, not half
-_SCANS: dict[str, Callable[..., int]] = {
+# What these give is halved with everything else, so the operations of a scan count once each, not half.
+_OPERATORS: dict[str, Callable[..., int]] = {
     "scan_2d": _scan_2d,
     "local_selective_scan": _local_selective_scan,
     "selective_scan": _doubled(flops.selective_scan_shapes),
     "ssd": _doubled(flops.ssd_shapes),
+    "layer_norm": lambda *_, **__: 0,
 }
 
 
@@ -50,7 +51,7 @@ def count_macs(build: Callable[[], nn.Module], size: int | tuple[int, int] = 224
         in_chans: channels of the image.
     """
     height, width = (size, size) if isinstance(size, int) else size
-    mapping = {getattr(torch.ops.vision_ssm, name): formula for name, formula in _SCANS.items()}
+    mapping = {getattr(torch.ops.vision_ssm, name): formula for name, formula in _OPERATORS.items()}
     with FakeTensorMode(), torch.no_grad():
         model = build().eval()
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
