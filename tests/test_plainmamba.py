@@ -248,6 +248,7 @@ def test_import_of_other_forms():
     [
         (dict(embed_dim=64), "unknown hyperparameters of an original PlainMamba: embed_dim. Did you mean 'embed_dims'"),
         (dict(arch="L4"), "unknown arch 'L4' of an original PlainMamba. Did you mean 'L"),
+        (dict(out_indices=[0, 3]), r"out_indices must be different stages in 0..2, got \(0, 3\)"),
         (dict(patch_size=7), "patch_size must be even, as the convolutions halve the image; got 7"),
     ],
 )

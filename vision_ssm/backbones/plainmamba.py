@@ -186,7 +186,7 @@ class PlainMamba(PlainBackbone):
             arch = _OFFICIAL_ARCHS[arch]
         given.update({**arch, **config})
         depth, indices = given["num_layers"], given["out_indices"]
-        wanted = sorted(i % depth for i in ([indices] if isinstance(indices, int) else indices))
+        wanted = sorted(i + depth if i < 0 else i for i in ([indices] if isinstance(indices, int) else indices))
         head = any(key.startswith("head.") for key in keys)
         return dict(
             depth=depth,

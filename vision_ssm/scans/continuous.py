@@ -157,6 +157,7 @@ class ContinuousScan(nn.Module):
     ``y = out_act(out_norm(scan(silu(conv(in_proj(x))))))``, gated by ``silu(z)``, then projected back. The routes share
     all weights. At each step a learned vector of the move right, left, up or down that led there is added to B.
     Defaults are PlainMamba's; VCMamba has ``gate=False, projection="conv_norm", out_norm="layer", out_act="relu"``.
+    The initialisation of both is ``init="trunc_normal"``.
 
     Args:
         dim: width C of input and output.
