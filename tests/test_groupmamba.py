@@ -139,12 +139,17 @@ def test_dense_backbone_norms_the_last_map_alone():
     model = vision_ssm.create_model("groupmamba_micro", features_only=True)
     assert list(model.out_norms) == ["3"] and model.class_block is None
     classifier = vision_ssm.create_model("groupmamba_micro").eval()
+    torch.nn.init.normal_(classifier.norm.weight)
     report = vision_ssm.weights.load_state_dict(model, classifier.state_dict())
     (extra,) = (names for rule, names in report.ignored.items() if rule == "classifier of a model without one")
-    assert {name.split(".")[0] for name in extra} == {"norm", "head", "class_block"}
+    assert {name.split(".")[0] for name in extra} == {"head", "class_block"}
     x = torch.randn(1, 3, 40, 72)
     for i, (a, b) in enumerate(zip(model.eval()(x), classifier.forward_intermediates(x))):
-        assert torch.allclose(a, b) == (i < 3)
+        torch.testing.assert_close(a, b if i < 3 else classifier.norm(b.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    early = vision_ssm.create_model("groupmamba_micro", features_only=True, out_indices=(0, 2))
+    assert not early.out_norms and vision_ssm.weights.load_state_dict(early, classifier.state_dict()).complete
+    bare = vision_ssm.create_model("groupmamba_micro", features_only=True, out_norm=False)
+    assert vision_ssm.weights.load_state_dict(bare, classifier.state_dict()).complete
 
 
 def test_two_heads():

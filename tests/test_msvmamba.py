@@ -145,6 +145,10 @@ def test_stages_without_multi_scale_scans():
     assert mixers[1].gate and mixers[1].core.state_dim == 1 and mixers[1].channel_gate is not None
     model = vision_ssm.create_model("msvmamba_micro", multi_scale_stages=(), scan="atrous")
     assert type(model.stages[0].blocks[0].mixer).__name__ == "AtrousScan"
+    with pytest.raises(ValueError, match=r"numbers of stages in 0..3, got \[4, 7\]"):
+        vision_ssm.create_model("msvmamba_micro", multi_scale_stages=(0, 7, 4))
+    config = {**golden_cases.load("msvmamba/micro_ms")["config"], "depths": [1, 1]}
+    assert MSVMamba.from_official_config(config, set())["multi_scale_stages"] == {0, 1}
 
 
 def test_initial_values():
@@ -197,6 +201,17 @@ def test_suffixes_of_the_last_version():
     mixer = vision_ssm.import_official("msvmamba", config, weights).stages[0].blocks[0].mixer
     assert mixer.gate and isinstance(mixer.gate_act, torch.nn.Identity) and isinstance(mixer.out_act, torch.nn.GELU)
     assert isinstance(mixer.out_norm, torch.nn.Identity)
+
+
+def test_any_inner_width_of_the_last_version():
+    """Only the first version bounds it, by the rank of its projections."""
+    case = golden_cases.load("msvmamba/micro_v3_vms_noz")
+    config = {**case["config"], "ssm_ratio": 3.0}
+    official = MSVMamba.from_official_config(config, set(case["state_dict"]))
+    assert official["scan"]["expand"] == 3.0
+    with pytest.raises(ValueError, match="ssm_rank_ratio=2.0 below ssm_ratio=3.0"):
+        first = golden_cases.load("msvmamba/micro_ms")
+        MSVMamba.from_official_config({**first["config"], "ssm_ratio": 3.0}, set(first["state_dict"]))
 
 
 @pytest.mark.parametrize(

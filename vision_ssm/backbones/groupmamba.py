@@ -72,7 +72,7 @@ class GroupMamba(Backbone):
     """GroupMamba of any size.
 
     Maps of the first stages are normalised by the stages themselves, in a classifier as well; the last map is raw and
-    has an output norm in a `features_only` model.
+    has an output norm in a `features_only` model, which takes the weights of a classifier's last norm.
 
     Args:
         depths: blocks per stage.
@@ -190,6 +190,13 @@ class GroupMamba(Backbone):
             else:
                 renamed.update(members)
         return renamed
+
+    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        keys = self.official_keys(state_dict)
+        last = str(len(self.feature_info) - 1)
+        if last not in self.out_norms:
+            return keys
+        return {re.sub(r"^norm\.", f"out_norms.{last}.", key): value for key, value in keys.items()}
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:

@@ -102,6 +102,9 @@ class MSVMamba(VMamba):
             conv_mlp_ratio=conv_mlp_ratio, conv_mlp_dropout=conv_mlp_dropout, post_norm=post_norm
         )
         super().__init__(mlp_ratio=mlp_ratio, **options)
+        stages = range(len(self.feature_info))
+        if unknown := sorted((self.multi_scale_stages or set()) - set(stages)):
+            raise ValueError(f"multi_scale_stages are numbers of stages in 0..{stages[-1]}, got {unknown}")
 
     def build_block(self, stage: int, dim: int, scan: dict | Literal[False], **options: Any) -> nn.Module:
         low = self.multi_scale_stages is None or stage in self.multi_scale_stages
@@ -134,7 +137,7 @@ class MSVMamba(VMamba):
         last = forward_type.startswith("vms") or bool(set(config) & (_V3_SWITCHES - _V1_SWITCHES))
         own = _V3_SWITCHES if last else _V1_SWITCHES
         official_settings(f"MSVMamba ({'last' if last else 'first'} version)", config, {}, own | _COMMON)
-        _refuse(config)
+        _refuse(config, last)
         core = "vms" if last else "v2"
         forward_type = forward_type or core
         if not forward_type.startswith(core) or (not last and forward_type != core):
@@ -148,12 +151,13 @@ class MSVMamba(VMamba):
             options["scan"] = scan
         convolutional = config.get("convffn" if last else "convFFN", any(".convFFN." in key for key in keys))
         ratio = config.get("conv_ffn_ratio", 4) if last else 2
+        stages = config.get("ms_stage")
         return dict(
             options,
             conv_mlp_ratio=ratio if convolutional else 0.0,
             conv_mlp_dropout=config.get("ffn_dropout", 0.2),
             post_norm=last and str(config.get("norm_layer", "ln")).lower() != "ln",
-            multi_scale_stages=config.get("ms_stage"),
+            multi_scale_stages=None if stages is None else set(stages) & set(range(len(options["depths"]))),
             mlp_ratio=0.0 if last and convolutional else options["mlp_ratio"],
         )
 
@@ -181,7 +185,7 @@ _V1_SWITCHES = {
 _V3_SWITCHES = {"add_se", "convffn", "axis_stage", "num_heads", "conv_ffn_ratio", "full_res_index", "ffn_dropout"}
 
 
-def _refuse(config: dict[str, Any]) -> None:
+def _refuse(config: dict[str, Any], last: bool) -> None:
     """Raise for values that never worked in the originals, or that no model was published with."""
     offered: dict[str, tuple[Any, ...]] = {
         "sscore_type": ("multiscale_4scan_12",),
@@ -199,7 +203,7 @@ def _refuse(config: dict[str, Any]) -> None:
             choices = " or ".join(map(repr, values))
             raise ValueError(f"{name}={value!r} of an original MSVMamba is not offered; it is {choices}")
     rank_ratio, ratio = (config.get(name, 2.0) for name in ("ssm_rank_ratio", "ssm_ratio"))
-    if rank_ratio < ratio:
+    if rank_ratio < ratio and not last:
         raise ValueError(f"ssm_rank_ratio={rank_ratio} below ssm_ratio={ratio} of an original MSVMamba is not offered")
 
 
