@@ -282,6 +282,21 @@ def test_forms_of_the_mixer_that_were_never_published():
     assert all((a - b).std() > 0.1 for i, a in enumerate(logits) for b in logits[:i])
 
 
+def test_rotary_positions_of_the_original_skip_the_first_token():
+    """Even if the class token stands in the middle."""
+    model = importing(CASE, dict(if_rope=True, use_middle_cls_token=True))
+    x = torch.randn(1, 25, 48)
+    turned = model.turn(0, x, TokenLayout(4, 6, "middle"))
+    assert torch.equal(turned[:, 0], x[:, 0])
+    torch.testing.assert_close(turned[:, 1:], model.rotary(x[:, 1:].unflatten(1, (4, 6))).flatten(1, 2))
+    with pytest.raises(ValueError, match="for one class token at most, not for two"):
+        importing(
+            CASE,
+            dict(if_rope=True, use_double_cls_token=True),
+            lambda weights: weights | {f"cls_token_{end}": torch.zeros(1, 1, 48) for end in ("head", "tail")},
+        )
+
+
 def test_rotary_tables_of_a_file_are_computed():
     def with_tables(weights):
         return weights | {f"rope.freqs_{name}": torch.zeros(24, 48) for name in ("cos", "sin")}
@@ -352,7 +367,6 @@ def test_dense_backbone_whose_class_token_was_dropped():
         (CASE, dict(embed_dims=48), "unknown hyperparameters of an original Vim: embed_dims. Did you mean 'embed_dim'"),
         (CASE, dict(bimamba_type="v3"), "unknown bimamba_type 'v3' of an original Vim. Did you mean"),
         (CASE, dict(bimamba_type="none"), "bimamba_type 'none' of an original Vim does not fit its weights"),
-        (CASE, dict(if_rope=True, use_middle_cls_token=True), "leave out the first token, not a middle one"),
         (CASE, dict(if_rope=True, pt_hw_seq_len=16), "rotary positions span 14 patches, got pt_hw_seq_len=16"),
         (CASE, dict(if_cls_token=False, final_pool_type="max"), "takes the mean, got final_pool_type='max'"),
         (DENSE, dict(last_layer_process="norm"), "last_layer_process is 'none', 'add' or 'add & norm', got 'norm'"),

@@ -82,6 +82,8 @@ class Vim(PlainBackbone):
         rotary: ``"branch"`` turns what enters a block, the output of the one before it, by rotary positions;
             ``"stream"`` the residual stream as well, again and again from block to block; ``"none"`` neither.
             Class tokens are not turned.
+        rotary_skips_first: of a sequence with a class token, leave the first token as it is instead of the class token,
+            and turn the others in their order. The original does so wherever its class token stands.
         img_size: image size that sizes the tables.
         remainder: see `PatchStem`.
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
@@ -109,6 +111,7 @@ class Vim(PlainBackbone):
         pairs: bool = False,
         pos_embed: bool = True,
         rotary: str = "none",
+        rotary_skips_first: bool = False,
         img_size: int | tuple[int, int] = 224,
         remainder: str = "pad",
         drop_path_rate: float = 0.0,
@@ -146,7 +149,7 @@ class Vim(PlainBackbone):
             blocks = [PairBlock(*pair, reverses) for pair in zip(blocks[::2], blocks[1::2])]
         grid = self.stem.grid_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
         self.rotary: nn.Module | None = None if rotary == "none" else RotaryTable(dim, *grid)
-        self.turns_stream = rotary == "stream"
+        self.turns_stream, self.rotary_skips_first = rotary == "stream", rotary_skips_first
         end_norm = "layer" if self.features_only else norm  # output norms are layer norms, whatever the blocks have
         self.finish_plain(blocks, dim, self.stem.stride, grid if pos_embed else None, end_norm, norm_eps)
         if final_norm == "keep":
@@ -191,6 +194,8 @@ class Vim(PlainBackbone):
             return tokens
         if layout is None:
             return self.rotary(tokens)
+        if self.rotary_skips_first:
+            layout = TokenLayout(layout.height, layout.width, "first")
         patches, class_tokens = layout.split(tokens)
         turned = self.rotary(patches.unflatten(1, (layout.height, layout.width)))  # (B, L, dim) -> (B, H, W, dim)
         return layout.join(turned.flatten(1, 2), class_tokens)
@@ -268,8 +273,8 @@ class Vim(PlainBackbone):
             class_tokens = "middle" if given["use_middle_cls_token"] else "first"
             class_tokens = "double" if given["use_double_cls_token"] else class_tokens
         rotary = given["if_rope"]
-        if rotary and class_tokens not in ("none", "first"):
-            raise ValueError(f"rotary positions of an original Vim leave out the first token, not a {class_tokens} one")
+        if rotary and class_tokens == "double":
+            raise ValueError("an original Vim has rotary positions for one class token at most, not for two")
         if rotary and given["pt_hw_seq_len"] != 14:
             raise ValueError(f"rotary positions span 14 patches, got pt_hw_seq_len={given['pt_hw_seq_len']}")
         head = any(key.startswith("head.") for key in keys)
@@ -286,6 +291,7 @@ class Vim(PlainBackbone):
             norm_eps=given["norm_epsilon"],
             pos_embed=given["if_abs_pos_embed"],
             rotary=("stream" if given["if_rope_residual"] else "branch") if rotary else "none",
+            rotary_skips_first=True,
             img_size=given["img_size"] if isinstance(given["img_size"], int) else tuple(given["img_size"]),
             remainder="drop",
             drop_path_rate=given["drop_path_rate"],
