@@ -5,9 +5,8 @@ Source: github.com/cvlab-stonybrook/LBMamba, commit 52155516, classification/mod
 of segmentation/ and detection/. No weights are published.
 
 New in this family: the locally bi-directional scan, here `LocalBidirectionalScan`. It needs no second set of
-parameters, so blocks are lighter than Vim's; every other one walks the raster from its end. Published models have no
-class token.
-`lbvim_300` and `lbvim_528` are as fast as Vim's tiny and small.
+parameters, so blocks are lighter than Vim's; every other one walks the raster from its end. The models below have no
+class token; `lbvim_300` and `lbvim_528` are as fast as Vim's tiny and small.
 """
 
 import re
