@@ -161,13 +161,74 @@ def test_class_token():
     assert model(torch.randn(1, 3, 96, 160)).shape == (1, 1000)
 
 
+def test_two_class_tokens_side_by_side():
+    weights = golden_cases.weights(CASE)
+    tokens = {f"cls_token_{end}": torch.randn(1, 1, 48) for end in ("head", "tail")}
+    weights |= {**tokens, "pos_embed": torch.randn(1, 62, 48), "head.weight": torch.randn(1000, 96)}
+    config = {**CASE["config"], "if_cls_token": True, "use_double_cls_token": True}
+    model = import_official("lbvim", config, weights)
+    features = torch.randn(2, 62, 48)
+    want = F.linear(torch.cat([features[:, 0], features[:, -1]], dim=1), weights["head.weight"], weights["head.bias"])
+    torch.testing.assert_close(model.forward_head(features), want)
+    assert model(torch.randn(1, 3, 96, 160)).shape == (1, 1000)
+
+
+def with_both_directions(weights, blocks):
+    pairs = {"A_b_log": "A_log", "D_b": "D"}
+    pairs |= {f"{layer}_b.{leaf}": f"{layer}.{leaf}" for layer in ("conv1d", "dt_proj") for leaf in ("weight", "bias")}
+    pairs["x_proj_b.weight"] = "x_proj.weight"
+    names = {f"layers.{i}.mixer.{new}": weights[f"layers.{i}.mixer.{old}"].shape for i in blocks for new, old in pairs.items()}
+    return weights | {name: golden_cases.tensor_for(name, shape) for name, shape in names.items()}
+
+
+@pytest.mark.parametrize(
+    "change,first",
+    [(dict(last_n_layer_vim=2), 1), (dict(bimamba_type="v2"), 0), (dict(last_n_layer_vim=1, if_divide_out=False), 2)],
+)
+def test_blocks_of_both_directions(change, first):
+    """One direction looks ahead in windows, the other, with parameters of its own, is a plain scan."""
+    model = importing(CASE, change, lambda weights: with_both_directions(weights, range(first, 3))).double()
+    assert [block.mixer.other_core is not None for block in model.stages] == [i >= first for i in range(3)]
+    assert LBVim.recognises(set(model.state_dict()))
+    weights, mixer = with_both_directions(golden_cases.weights(CASE), range(first, 3)), model.stages[2].mixer
+    u = torch.randn(1, 10, 48).double()
+    of = {key.removeprefix("layers.2.mixer."): w.double() for key, w in weights.items() if key.startswith("layers.2.mixer.")}
+    x, z = (u @ of["in_proj.weight"].T).mT.chunk(2, dim=1)  # each (B, D, L)
+    y = 0
+    for end, flipped, window in (("", x, 4), ("_b", x.flip(2), 1)):
+        v = F.silu(F.conv1d(F.pad(flipped, (3, 0)), of[f"conv1d{end}.weight"], of[f"conv1d{end}.bias"], groups=96))
+        low_rank, b, c = torch.einsum("pd,bdl->bpl", of[f"x_proj{end}.weight"], v).split([3, 16, 16], dim=1)
+        step = torch.einsum("dr,brl->bdl", of[f"dt_proj{end}.weight"], low_rank)
+        decay = -of["A_b_log" if end else "A_log"].exp()
+        part = local_selective_scan(v, step, decay, b, c, of[f"D{end}"], None, of[f"dt_proj{end}.bias"], True, window)
+        y = y + (part.flip(2) if end else part)
+    want = ((y if "if_divide_out" in change else y / 2) * F.silu(z)).mT @ of["out_proj.weight"].T
+    torch.testing.assert_close(mixer.scan_tokens(u, TokenLayout(2, 5)), want)
+
+
+@pytest.mark.parametrize("class_tokens", ["none", "first"])
+def test_rotary_positions_count_along_the_walk(class_tokens):
+    """The original reverses the tokens and turns them by a table that it does not reverse."""
+    model = create_model("lbvim_micro", rotary="branch", class_tokens=class_tokens).double().eval()
+    x, layout, size = model.embed(torch.randn(1, 3, 64, 96).double())
+    tokens, layout_of_all = x.reshape(1, -1, 32), layout or TokenLayout(*size)
+
+    def turn(tokens):
+        patches, others = layout_of_all.split(tokens)
+        return layout_of_all.join(model.rotary(patches.unflatten(1, size)).flatten(1, 2), others)
+
+    even, odd = (model.turn(i, x, layout).reshape(tokens.shape) for i in (0, 1))
+    torch.testing.assert_close(even, turn(tokens))
+    torch.testing.assert_close(odd, turn(tokens.flip(1)).flip(1))
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         (dict(embed_dims=48), "unknown hyperparameters of an original LBVim: embed_dims. Did you mean 'embed_dim'"),
-        (dict(bimamba_type="v2"), "original LBVims have bimamba_type='none', all that are registered; got 'v2'"),
-        (dict(last_n_layer_vim=2), "original LBVims have last_n_layer_vim=0"),
-        (dict(use_double_cls_token=True), "original LBVims have use_double_cls_token=False"),
+        (dict(bimamba_type="v1"), "bimamba_type of an original LBVim is 'none' or 'v2', got 'v1'"),
+        (dict(if_bidirectional=True), "original LBVims have if_bidirectional=False, all that are registered; got True"),
+        (dict(last_n_layer_vim=4), "full_blocks must be a part of the 3 blocks, got 4"),
         (dict(head_type="mlp"), "head_type of an original LBVim is None or 'att_qkv"),
         (dict(local_window={"else": 4}), "local_window is a number, None or the published rule"),
     ],

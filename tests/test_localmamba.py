@@ -304,6 +304,31 @@ def test_rotary_buffers_are_dropped_if_they_have_the_shape_of_the_table():
         vision_ssm.import_official("localmamba", config, {**weights, **{k: v[:9] for k, v in buffers.items()}})
 
 
+def test_hyperparameters_that_are_left_out_or_change_nothing():
+    names = dict(bimamba_type="v2", drop_rate=0.1, pt_hw_seq_len=14)
+    assert vision_ssm.import_official("localmamba", MICRO["config"] | names, golden_cases.weights(MICRO)).rotary is not None
+    case = golden_cases.load("localmamba/localvim_micro_midcls")
+    kept = {key: value for key, value in case["config"].items() if "cls_token" not in key and "rope" not in key}
+    model = vision_ssm.import_official("localmamba", kept, golden_cases.weights(case))
+    assert model.class_tokens == "middle" and model.rotary is None
+    dense = dense_weights(MICRO, (0,))  # nothing is pooled
+    config = MICRO["config"] | {"out_indices": [2], "final_pool_type": "none"}
+    assert vision_ssm.import_official("localmamba", config, dense).out_indices == [2]
+    case = golden_cases.load("localmamba/localvmamba_micro_96x96")
+    names = dict(dims=24, mlp_ratio=0.0, ssm_act_layer="silu", ssm_drop_rate=0.0, patch_norm=True)
+    model = vision_ssm.import_official("localmamba", case["config"] | names, golden_cases.weights(case))
+    assert model.num_features == 192
+    with pytest.raises(ValueError, match="ssm_act_layer of an original LocalVMamba is 'silu', got 'gelu'"):
+        vision_ssm.import_official("localmamba", case["config"] | {"ssm_act_layer": "gelu"}, golden_cases.weights(case))
+
+
+def test_class_token_without_positions():
+    case = golden_cases.load("localmamba/localvim_micro_midcls")
+    weights = {key: value for key, value in golden_cases.weights(case).items() if key != "pos_embed"}
+    model = vision_ssm.import_official("localmamba", case["config"], weights)
+    assert model.pos_embed is None and model.cls_token.positions is None
+
+
 def test_positions_of_images_that_are_not_square():
     weights = golden_cases.weights(MICRO)
     weights["pos_embed"] = golden_cases.tensor_for("pos_embed", [1, 6 * 10, 48])
@@ -355,6 +380,7 @@ def test_classes_recognise_their_own_weights_alone():
         (dict(directions=[["h", "x"]] * 3), "unknown direction 'x' of an original LocalMamba"),
         (dict(directions=[["w"]] * 3), "unknown direction 'w' of an original LocalMamba"),
         (dict(final_pool_type="max"), "final_pool_type of an original LocalVim is 'mean', got 'max'"),
+        (dict(pt_hw_seq_len=16), "rotary positions span 14 patches, got pt_hw_seq_len=16"),
     ],
 )
 def test_wrong_hyperparameters(changes, message):

@@ -227,6 +227,37 @@ def test_positions_that_fit_no_grid():
         import_official("vim", {**CASE["config"], "img_size": 96}, weights)
 
 
+def test_pairs_of_bidirectional_mixers():
+    """The second block of a pair sees the sequence, class token included, from its end."""
+    model = importing(CASE, dict(if_bidirectional=True, use_middle_cls_token=False)).double()
+    plain = importing(CASE).double()
+    x = torch.randn(1, 25, 48).double()
+    stream, (branch, _) = model.run_block(0, x, None, TokenLayout(4, 6, "first"))
+    first, second = (
+        block.mixer.scan_tokens(block.norm1(tokens), TokenLayout(1, 25))
+        for block, tokens in zip(plain.stages, (x, x.flip(1)))
+    )
+    torch.testing.assert_close(stream, 2 * x)
+    torch.testing.assert_close(branch, first + second.flip(1))
+
+
+def test_class_tokens_without_positions():
+    def renamed(weights):
+        return {key: value for key, value in weights.items() if key != "pos_embed"}
+
+    model = importing(CASE, dict(if_abs_pos_embed=False), renamed)
+    assert model.pos_embed is None and model.cls_token.positions is None
+    assert model.no_weight_decay() <= set(dict(model.named_parameters()))
+    assert torch.equal(model.cls_token.tokens, golden_cases.weights(CASE)["cls_token"])
+    assert torch.isfinite(model(golden_cases.images(CASE["input"]))).all()
+
+
+def test_names_of_the_original_that_change_nothing():
+    names = dict(channels=3, ft_seq_len=None, if_devide_out=False, drop_rate=0.1, use_checkpoint=True)
+    assert importing(CASE, names).stages[0].mixer.average is CASE["config"]["if_divide_out"]
+    assert importing(CASE, dict(channels=1), lambda w: w | {"patch_embed.proj.weight": torch.randn(48, 1, 16, 16)}).in_chans == 1
+
+
 def test_forms_of_the_mixer_that_were_never_published():
     """Shared parameters (v1), one direction, pairs, layer scale: their weights are converted and used."""
     behind = (".D_b", ".conv1d_b", ".x_proj_b", ".dt_proj_b")
@@ -249,6 +280,21 @@ def test_forms_of_the_mixer_that_were_never_published():
         logits = [m(golden_cases.images(CASE["input"])) for m in (importing(CASE), shared, single, pairs, scaled)]
     assert all(torch.isfinite(x).all() for x in logits)
     assert all((a - b).std() > 0.1 for i, a in enumerate(logits) for b in logits[:i])
+
+
+def test_rotary_positions_of_the_original_skip_the_first_token():
+    """Even if the class token stands in the middle."""
+    model = importing(CASE, dict(if_rope=True, use_middle_cls_token=True))
+    x = torch.randn(1, 25, 48)
+    turned = model.turn(0, x, TokenLayout(4, 6, "middle"))
+    assert torch.equal(turned[:, 0], x[:, 0])
+    torch.testing.assert_close(turned[:, 1:], model.rotary(x[:, 1:].unflatten(1, (4, 6))).flatten(1, 2))
+    with pytest.raises(ValueError, match="for one class token at most, not for two"):
+        importing(
+            CASE,
+            dict(if_rope=True, use_double_cls_token=True),
+            lambda weights: weights | {f"cls_token_{end}": torch.zeros(1, 1, 48) for end in ("head", "tail")},
+        )
 
 
 def test_rotary_tables_of_a_file_are_computed():
@@ -282,11 +328,37 @@ def test_backbone_for_detection(end):
     torch.testing.assert_close(got, want.permute(0, 3, 1, 2))
 
 
-def test_residual_stream_as_features():
-    changes = dict(out_indices=[0, 1, 2, 3], use_residual_as_feature=True, last_layer_process="add")
+@pytest.mark.parametrize("end", ["none", "add", "add & norm"])
+def test_residual_stream_as_features(end):
+    """The last block's map is what the original makes of the last mixer's output, as for detection."""
+    changes = dict(out_indices=[0, 1, 2, 3], use_residual_as_feature=True, last_layer_process=end)
     model = importing(DENSE, changes, dense_weights)
-    assert model.feature_source == "stream" and [m.shape for m in model(torch.randn(1, 3, 96, 96))] == [(1, 48, 6, 6)] * 4
-    assert not model.norm.weight.requires_grad, "in the state dict, but not used"
+    (last,) = importing(DENSE, dict(out_indices=None, last_layer_process=end), dense_weights)(x := torch.randn(1, 3, 96, 96))
+    maps = model(x)
+    torch.testing.assert_close(maps[3], last)
+    stream, *branches = importing(DENSE, (), dense_weights)._walk(x, (0, 1, 2))[0].values()
+    stream = model.embed(x)[0] + stream
+    for i in range(3):
+        torch.testing.assert_close(maps[i], stream.permute(0, 3, 1, 2))
+        stream = stream + branches[i] if i < 2 else None
+    assert end == "add & norm" or not model.norm.weight.requires_grad, "in the state dict, but not used"
+
+
+def test_pyramid_of_the_original_drops_the_last_row_of_odd_maps():
+    weights = golden_cases.weights(DENSE)
+    weights["pos_embed"] = golden_cases.tensor_for("pos_embed", [1, 25, 48])
+    model = import_official("vim", {**DENSE["config"], "img_size": 80}, weights)
+    assert [m.shape[2] for m in model(torch.randn(1, 3, 80, 80))] == [20, 10, 5, 2]
+    ours = create_model("vim_micro", features_only=True, pyramid=True, class_tokens="none")
+    assert [m.shape[2] for m in ours(torch.randn(1, 3, 80, 80))] == [20, 10, 5, 3]
+
+
+def test_dense_backbone_whose_class_token_was_dropped():
+    """By default the original has a class token, which its dense backbones delete."""
+    config = {key: value for key, value in DENSE["config"].items() if key != "if_cls_token"}
+    model, want = (import_official("vim", c, golden_cases.weights(DENSE)) for c in (config, DENSE["config"]))
+    x = golden_cases.images(DENSE["input"])
+    torch.testing.assert_close(model(x), want(x))
 
 
 @pytest.mark.parametrize(
@@ -295,11 +367,9 @@ def test_residual_stream_as_features():
         (CASE, dict(embed_dims=48), "unknown hyperparameters of an original Vim: embed_dims. Did you mean 'embed_dim'"),
         (CASE, dict(bimamba_type="v3"), "unknown bimamba_type 'v3' of an original Vim. Did you mean"),
         (CASE, dict(bimamba_type="none"), "bimamba_type 'none' of an original Vim does not fit its weights"),
-        (CASE, dict(if_rope=True, use_middle_cls_token=True), "leave out the first token, not a middle one"),
         (CASE, dict(if_rope=True, pt_hw_seq_len=16), "rotary positions span 14 patches, got pt_hw_seq_len=16"),
         (CASE, dict(if_cls_token=False, final_pool_type="max"), "takes the mean, got final_pool_type='max'"),
         (DENSE, dict(last_layer_process="norm"), "last_layer_process is 'none', 'add' or 'add & norm', got 'norm'"),
-        (DENSE, dict(use_residual_as_feature=True), "one block late and never that of the last block"),
         (DENSE, dict(use_residual_as_feature=True, out_indices=[0], if_rope=True), "behind the next block's rotary"),
         (DENSE, dict(if_bidirectional=True), "has no dense backbone"),
     ],
@@ -318,6 +388,7 @@ def test_weights_of_another_shape():
     "options,message",
     [
         (dict(rotary="both"), "unknown rotary 'both'"),
+        (dict(last_source="blocks"), "unknown last_source 'blocks'"),
         (dict(final_norm="keep"), "final_norm='keep' needs features_only=True"),
         (dict(pairs=True, depth=3), "pairs need an even number of blocks, got depth=3"),
         (dict(features_only=True, out_indices=(0,), final_norm="apply"), "needs the last block's map"),

@@ -5,8 +5,8 @@ Source: github.com/cvlab-stonybrook/LBMamba, commit 52155516, classification/mod
 of segmentation/ and detection/. No weights are published.
 
 New in this family: the locally bi-directional scan, here `LocalBidirectionalScan`. It needs no second set of
-parameters, so blocks are lighter than Vim's; every other one walks the raster from its end. There is no class token.
-`lbvim_300` and `lbvim_528` are as fast as Vim's tiny and small.
+parameters, so blocks are lighter than Vim's; every other one walks the raster from its end. The models below have no
+class token; `lbvim_300` and `lbvim_528` are as fast as Vim's tiny and small.
 """
 
 import re
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from ..layers import AttentionHead, get_norm
+from ..scans.sequence import TokenLayout
 from .base import register_family
 from .official import official_settings, rename
 from .vim import OFFICIAL_DEFAULTS as VIM_DEFAULTS
-from .vim import WITHOUT_EFFECT, Vim, scan_sizes
+from .vim import WITHOUT_EFFECT, Vim, linear_head, scan_sizes
 
 _SCAN = dict(type="local_bidirectional")
 
@@ -32,18 +33,31 @@ class LBVim(Vim):
         alternate: blocks 1, 3, ... walk the sequence from its end.
         attention_heads: pool by attention of a learned query with so many heads; 0: the mean over all cells.
         out_dim: width that the maps of a `features_only` model are projected to, in front of their norms; None: none.
-        **common: see `Vim`.
+        full_blocks: so many blocks at the end also scan the other way, see ``both`` of `LocalBidirectionalScan`.
+        **common: see `Vim`; with ``class_tokens="double"`` the classifier sees both tokens side by side.
     """
 
     family = "lbvim"
     own_scan: ClassVar[dict[str, Any]] = _SCAN
     own_scan_names: ClassVar[tuple[str, ...]] = ("local_bidirectional", "LocalBidirectionalScan")
 
-    def __init__(self, *, alternate: bool = True, attention_heads: int = 0, out_dim: int | None = None, **common: Any):
+    def __init__(
+        self,
+        *,
+        alternate: bool = True,
+        attention_heads: int = 0,
+        out_dim: int | None = None,
+        full_blocks: int = 0,
+        depth: int = 24,
+        **common: Any,
+    ):
         self.alternate, self.attention_heads, self.out_dim = alternate, attention_heads, out_dim
+        if not 0 <= full_blocks <= depth:
+            raise ValueError(f"full_blocks must be a part of the {depth} blocks, got {full_blocks}")
+        self.first_full_block = depth - full_blocks
         if attention_heads:
             self.classifier_key = "head.fc.weight"
-        super().__init__(**common)
+        super().__init__(depth=depth, **common)
         if out_dim is not None:
             for key in self.out_norms:
                 self.out_norms[key] = nn.Sequential(nn.Linear(self.num_features, out_dim), get_norm("layer", out_dim))
@@ -51,7 +65,15 @@ class LBVim(Vim):
     def block_options(self, index: int, pairs: bool) -> dict[str, Any]:
         if pairs:
             raise ValueError("blocks of one direction side by side are Vim's; LBVim alternates from block to block")
-        return dict(reverse=index % 2 == 1) if self.alternate else {}
+        options = dict(reverse=index % 2 == 1) if self.alternate else {}
+        return dict(options, both=True) if index >= self.first_full_block else options
+
+    def turn(self, index: int, tokens: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
+        """As `Vim.turn`, with positions that count along the walk of the block."""
+        if self.rotary is None or not self.alternate or index % 2 == 0:
+            return super().turn(index, tokens, layout)
+        axes = (1, 2) if layout is None else (1,)
+        return super().turn(index, tokens.flip(axes), layout).flip(axes)
 
     @property
     def out_info(self) -> list[dict[str, Any]]:
@@ -62,13 +84,15 @@ class LBVim(Vim):
 
     def build_head(self, num_classes: int) -> nn.Module:
         if not self.attention_heads:
-            return super().build_head(num_classes)
+            return linear_head(self.num_features * (2 if self.class_tokens == "double" else 1), num_classes)
         return AttentionHead(self.num_features, num_classes, self.attention_heads)
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self.head, AttentionHead):
-            return super().pool(features)
-        return self.head.pool(features.flatten(2).mT if features.dim() == 4 else features)  # of (B, T, C)
+        if isinstance(self.head, AttentionHead):
+            return self.head.pool(features.flatten(2).mT if features.dim() == 4 else features)  # of (B, T, C)
+        if self.class_tokens == "double":
+            return torch.cat([features[:, 0], features[:, -1]], dim=1)
+        return super().pool(features)
 
     def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As `Vim.own_keys`; output norms that are numbered from 0 on get the numbers of their blocks."""
@@ -85,15 +109,21 @@ class LBVim(Vim):
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
         ours = {key.removeprefix("stages.0.mixer.") for key in keys if key.startswith("stages.0.mixer.")}
-        return ours == _MIXER_KEYS or ("layers.0.mixer.x_proj.weight" in keys and "layers.0.mixer.A_b_log" not in keys)
+        if ours:
+            return ours in (_MIXER_KEYS, _MIXER_KEYS | _OTHER_KEYS)
+        return "layers.0.mixer.x_proj.weight" in keys and "layers.0.mixer.A_b_log" not in keys
 
     @classmethod
     def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with_projections = any(key.startswith("out_map_") for key in state_dict)
+        original = any(key.startswith("layers.") for key in state_dict)
         converted = {}
         for key, value in super().official_keys(state_dict).items():
             key = rename(key, _OFFICIAL_KEYS + _OUT_NORM_KEYS[with_projections])
-            converted[key] = value
+            if original and ".mixer.core." in key and len(value) == 2:  # of a block with both directions
+                converted[key], converted[key.replace(".core.", ".other_core.")] = value.split(1)
+            else:
+                converted[key] = value
         return converted
 
     @classmethod
@@ -102,6 +132,8 @@ class LBVim(Vim):
         for name, value in _UNSUPPORTED.items():
             if given[name] != value:
                 raise ValueError(f"original LBVims have {name}={value!r}, all that are registered; got {given[name]!r}")
+        if given["bimamba_type"] not in ("none", "v2"):
+            raise ValueError(f"bimamba_type of an original LBVim is 'none' or 'v2', got {given['bimamba_type']!r}")
         head, window = given["head_type"], given["local_window"]
         if head not in (None, _ATTENTION_HEAD):
             raise ValueError(f"head_type of an original LBVim is None or {_ATTENTION_HEAD!r}, got {head!r}")
@@ -112,7 +144,10 @@ class LBVim(Vim):
         options = dict(
             cls.shared_options(given, keys),
             alternate=given["layerwise_reverse_sq"],
-            scan=dict(_SCAN, window=window if given["lbm"] else 1, **scan_sizes(given)),
+            full_blocks=given["depth"] if given["bimamba_type"] == "v2" else given["last_n_layer_vim"],
+            scan=dict(
+                _SCAN, window=window if given["lbm"] else 1, average=given["if_divide_out"], **scan_sizes(given)
+            ),
             **cls.dense_options(given, keys),
         )
         if options.get("features_only"):
@@ -127,11 +162,13 @@ class LBVim(Vim):
 _MIXER_KEYS = {"in_proj.weight", "conv.weight", "conv.bias", "out_proj.weight"} | {
     f"core.{name}" for name in ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
 }
+_OTHER_KEYS = {f"other_{key}" for key in _MIXER_KEYS if key.startswith(("conv.", "core."))}
 _ATTENTION_HEAD = "att_qkv_onlyatt_pnorm_nomapq"
 _WINDOW_RULE = {"L<=128": 4, "L<=256": 8, "else": 16}
 _OUT_DIMS = {300: 192, 528: 384}
 _OFFICIAL_KEYS = (
     (r"^(stages\.\d+\.mixer)\.convs\.0\.", r"\1.conv."),
+    (r"^(stages\.\d+\.mixer)\.convs\.1\.", r"\1.other_conv."),
     (r"^head\.0\.post_norm\.", "head.norm."),
     (r"^head\.0\.", "head."),
     (r"^head\.1\.", "head.fc."),
@@ -141,22 +178,21 @@ _OUT_NORM_KEYS = {
     True: ((r"^out_map_(\d+)\.", r"out_norms.\1.0."), (r"^outnorm_(\d+)\.", r"out_norms.\1.1.")),
 }
 _UNSUPPORTED: dict[str, Any] = dict(
-    bimamba_type="none",
     if_bimamba=False,
     if_bidirectional=False,
-    use_double_cls_token=False,
-    last_n_layer_vim=0,
     init_layer_scale=None,
 )
 _OFFICIAL_DEFAULTS: dict[str, Any] = {
     **VIM_DEFAULTS,
     **_UNSUPPORTED,
+    "bimamba_type": "none",
     "if_cls_token": False,
     "lbm": True,
     "layerwise_reverse_sq": True,
     "local_window": None,
     "head_type": None,
     "head_n_heads": 6,
+    "last_n_layer_vim": 0,
     "out_dim": None,
 }
 

@@ -88,7 +88,8 @@ def convert_gates(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 # of the originals' hyperparameters: these change nothing, or nothing that the state dict does not say
 WITHOUT_EFFECT = {
     *("use_checkpoint", "pretrained", "residual_in_fp32", "fused_add_norm"),
-    *("if_abs_pos_embed", "if_cls_token"),
+    *("if_abs_pos_embed", "if_cls_token", "bimamba_type", "ssm_simple_init", "mlp_ratio", "mlp_act_layer"),
+    *("patch_norm", "drop_rate", "ssm_drop_rate", "mlp_drop_rate", "initializer_cfg", "device", "dtype"),
 }
 
 

@@ -133,7 +133,6 @@ class LocalVim(PlainBackbone):
         positions, class_token = kept.get("pos_embed"), kept.pop("cls_token", None)
         if class_token is not None:
             kept["cls_token.tokens"] = class_token
-            kept["cls_token.positions"] = torch.zeros_like(class_token)
         if positions is not None:
             del kept["pos_embed"]
             if class_token is not None:
@@ -173,9 +172,11 @@ class LocalVim(PlainBackbone):
             raise ValueError("an original LocalVim has its class token in the middle: use_middle_cls_token=True")
         if has_class_token and given["if_rope"]:
             raise ValueError("an original LocalVim has no rotary positions for a class token: if_rope=False")
-        if not has_class_token and given["final_pool_type"] != "mean":
-            raise ValueError(f"final_pool_type of an original LocalVim is 'mean', got {given['final_pool_type']!r}")
+        if given["pt_hw_seq_len"] != 14:
+            raise ValueError(f"rotary positions span 14 patches, got pt_hw_seq_len={given['pt_hw_seq_len']}")
         dense = "norm_f.weight" not in keys
+        if not dense and not has_class_token and given["final_pool_type"] != "mean":
+            raise ValueError(f"final_pool_type of an original LocalVim is 'mean', got {given['final_pool_type']!r}")
         return dict(
             depth=given["depth"],
             dim=given["embed_dim"],
@@ -265,7 +266,8 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     final_pool_type="mean",
     if_rope=False,
     if_rope_residual=False,
-    use_middle_cls_token=False,
+    use_middle_cls_token=True,  # with a class token, which has no other place that works
+    pt_hw_seq_len=14,
     drop_path_rate=0.1,
     out_indices=None,
 )

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..layers import PatchMerging, PatchStem
 from ..scans.windowed import FIXED
-from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan
+from .base import Backbone, ScanBlock, Stage, drop_path_rates, register_family, resolve_scan, stage_widths
 from .localmamba import (
     WITHOUT_EFFECT,
     Directions,
@@ -85,10 +85,12 @@ class LocalVMamba(Backbone):
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         given = official_settings(cls.__name__, config, _OFFICIAL_DEFAULTS, WITHOUT_EFFECT)
+        if given["ssm_act_layer"] != "silu":
+            raise ValueError(f"ssm_act_layer of an original LocalVMamba is 'silu', got {given['ssm_act_layer']!r}")
         dense = not any(key.startswith("classifier.") for key in keys)
         return dict(
             depths=given["depths"],
-            dims=given["dims"],
+            dims=stage_widths(given["dims"], given["depths"]),
             directions=official_directions(given["directions"]),
             scan=dict(
                 expand=given["ssm_ratio"],
@@ -120,6 +122,7 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     ssm_d_state=16,
     ssm_ratio=2.0,
     ssm_dt_rank="auto",
+    ssm_act_layer="silu",
     ssm_conv=3,
     ssm_conv_bias=True,
     directions=None,

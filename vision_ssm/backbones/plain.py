@@ -21,23 +21,23 @@ _FEATURE_MAPS = 4
 class ClassTokens(nn.Module):
     """Learned class tokens with positions of their own, put into a sequence of patches.
 
-    Parameters: ``tokens`` and ``positions``, (1, n, dim).
+    Parameters: ``tokens`` and, unless `positions` is False, ``positions``, (1, n, dim).
     """
 
-    def __init__(self, dim: int, class_tokens: str):
+    def __init__(self, dim: int, class_tokens: str, positions: bool = True):
         super().__init__()
         self.class_tokens = class_tokens
         count = len(TokenLayout(1, 1, class_tokens).positions)
         self.tokens = nn.Parameter(torch.empty(1, count, dim))
-        self.positions = nn.Parameter(torch.empty(1, count, dim))
-        for parameter in (self.tokens, self.positions):
+        self.positions = nn.Parameter(torch.empty(1, count, dim)) if positions else None
+        for parameter in self.parameters():
             trunc_normal_(parameter, std=0.02)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenLayout]:
         """x: (B, H, W, dim). Returns the sequence (B, H*W + n, dim) and its layout."""
         layout = TokenLayout(x.shape[1], x.shape[2], self.class_tokens)
-        tokens = (self.tokens + self.positions).to(x.dtype).expand(x.shape[0], -1, -1)
-        return layout.join(x.flatten(1, 2), tokens), layout
+        tokens = self.tokens if self.positions is None else self.tokens + self.positions
+        return layout.join(x.flatten(1, 2), tokens.to(x.dtype).expand(x.shape[0], -1, -1)), layout
 
 
 class PlainBackbone(Backbone):
@@ -98,7 +98,9 @@ class PlainBackbone(Backbone):
         if any(not isinstance(getattr(block, "mixer", None), SequenceScan) for block in blocks):
             self.class_tokens = "none"
         self.pos_embed = None if grid_size is None else PositionTable(dim, *grid_size)
-        self.cls_token = None if self.class_tokens == "none" else ClassTokens(dim, self.class_tokens)
+        self.cls_token = None
+        if self.class_tokens != "none":
+            self.cls_token = ClassTokens(dim, self.class_tokens, positions=grid_size is not None)
         self.stages = nn.ModuleList(blocks)
         self.finish([dim] * len(blocks), [stride] * len(blocks), norm, norm_eps)
         self.pyramid = None
@@ -107,7 +109,7 @@ class PlainBackbone(Backbone):
                 raise ValueError(
                     f"a pyramid is made of the maps of 1 or {len(SCALES)} blocks, got out_indices={self.out_indices}"
                 )
-            self.pyramid = SimplePyramid(dim)
+            self.pyramid = SimplePyramid(dim, getattr(self.stem, "remainder", "pad"))
 
     def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`official_keys`; rows of positions, ``pos_embed.rows`` (1, T, dim), become a table and class positions.
@@ -172,12 +174,16 @@ class PlainBackbone(Backbone):
             return checkpoint(block, x, branch, layout, use_reentrant=False)
         return block(x, branch, layout)
 
+    def source_of(self, index: int) -> str:
+        """What the map of block `index` is, see `feature_source`."""
+        return self.feature_source
+
     def _block_map(
-        self, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None, size: tuple[int, int]
+        self, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None, size: tuple[int, int], source: str
     ) -> torch.Tensor:
         """Map of the block that left `x` and `branch`, (B, H, W, dim)."""
         if branch is not None:
-            x = branch[0] if self.feature_source == "mixer" else x + branch[0]
+            x = branch[0] if source == "mixer" else x + branch[0]
         if layout is not None:
             x = layout.split(x)[0].unflatten(1, size)  # (B, L, dim) -> (B, H, W, dim)
         return x
@@ -191,10 +197,11 @@ class PlainBackbone(Backbone):
         for i in range(max(wanted) + 1 if wanted else len(self.stages)):
             x, branch = self.run_block(i, x, branch, layout)
             if i in wanted:
-                if branch is not None and self.feature_source == "stream":
+                source = self.source_of(i)
+                if branch is not None and source == "stream":
                     values, drop_path = branch
                     branch = drop_path(values), nn.Identity()  # it draws once, so the map is what the next block sees
-                maps[i] = self._block_map(x, branch, layout, size)
+                maps[i] = self._block_map(x, branch, layout, size, source)
         return maps, (x, branch, layout)
 
     def forward_intermediates(self, x: torch.Tensor, out_indices: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -251,5 +258,5 @@ class PlainBackbone(Backbone):
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are never decayed: those of `Backbone.no_weight_decay`, and class tokens."""
-        tokens = {f"cls_token.{name}" for name in ("tokens", "positions")} if self.cls_token is not None else set()
+        tokens = {name for name, _ in self.named_parameters() if name.startswith("cls_token.")}
         return super().no_weight_decay() | tokens

@@ -34,11 +34,16 @@ class PairBlock(nn.Module):
     """Two blocks side by side on the same input, the second of which walks backwards.
 
     Both streams and both outputs are added, so that a pair doubles the stream.
+
+    Args:
+        first, second: the blocks.
+        reverses: give the second block the tokens in reversed order, and bring what it makes of them back; False where
+            it walks backwards by itself.
     """
 
-    def __init__(self, first: ScanBlock, second: ScanBlock):
+    def __init__(self, first: ScanBlock, second: ScanBlock, reverses: bool = False):
         super().__init__()
-        self.first, self.second = first, second
+        self.first, self.second, self.reverses = first, second, reverses
 
     @property
     def mixer(self) -> nn.Module | None:
@@ -51,9 +56,12 @@ class PairBlock(nn.Module):
         if branch is not None:
             values, drop_path = branch
             x = x + drop_path(values)
-        results = [block(x, None, layout)[1] for block in (self.first, self.second)]
-        branch = None if None in results else (results[0][0] + results[1][0], results[1][1])
-        return 2 * x, branch
+        axes = (1, 2) if layout is None else (1,)
+        results = [self.first(x, None, layout)[1], self.second(x.flip(axes) if self.reverses else x, None, layout)[1]]
+        if None in results:
+            return 2 * x, None
+        (first, _), (second, drop_path) = results
+        return 2 * x, (first + (second.flip(axes) if self.reverses else second), drop_path)
 
 
 class Vim(PlainBackbone):
@@ -68,17 +76,21 @@ class Vim(PlainBackbone):
         stride: of the patches; smaller than `patch_size` where they overlap. None: `patch_size`.
         norm: ``"rms"`` or ``"layer"``, in front of the blocks and behind the last; output norms are layer norms.
         norm_eps: epsilon of these norms.
-        pairs: blocks of one direction, two and two side by side, the second walking backwards (see `PairBlock`).
+        pairs: blocks two and two side by side, the second walking backwards (see `PairBlock`). They have one direction
+            each, unless `scan` names ``directions``.
         pos_embed: add a learned position table.
         rotary: ``"branch"`` turns what enters a block, the output of the one before it, by rotary positions;
             ``"stream"`` the residual stream as well, again and again from block to block; ``"none"`` neither.
             Class tokens are not turned.
+        rotary_skips_first: of a sequence with a class token, leave the first token as it is instead of the class token,
+            and turn the others in their order. The original does so wherever its class token stands.
         img_size: image size that sizes the tables.
         remainder: see `PatchStem`.
         drop_path_rate: stochastic depth of the last block; earlier blocks rise to it linearly.
         final_norm: what a `features_only` model does with a classifier's last norm: ``"drop"``, ``"keep"`` (unused
             and frozen, as it is in the state dicts of the original dense backbone) or ``"apply"`` it as the output
             norm of the last block.
+        last_source: `feature_source` of the last block's map; None: as of all others.
         **common: class_tokens, feature_source, pyramid (see `PlainBackbone`), and what `Backbone` takes.
     """
 
@@ -99,14 +111,21 @@ class Vim(PlainBackbone):
         pairs: bool = False,
         pos_embed: bool = True,
         rotary: str = "none",
+        rotary_skips_first: bool = False,
         img_size: int | tuple[int, int] = 224,
         remainder: str = "pad",
         drop_path_rate: float = 0.0,
         final_norm: str = "drop",
+        last_source: str | None = None,
         **common: Any,
     ):
         super().__init__(**common)
-        for keyword, value, choices in (("rotary", rotary, _ROTARY), ("final_norm", final_norm, _FINAL_NORMS)):
+        self.last_source, self.depth = last_source, depth
+        for keyword, value, choices in (
+            ("rotary", rotary, _ROTARY),
+            ("final_norm", final_norm, _FINAL_NORMS),
+            ("last_source", last_source or "stream", ("stream", "mixer")),
+        ):
             if value not in choices:
                 raise ValueError(f"unknown {keyword} {value!r}.{suggest(str(value), choices)}")
         if final_norm != "drop" and not self.features_only:
@@ -115,21 +134,22 @@ class Vim(PlainBackbone):
             raise ValueError(f"pairs need an even number of blocks, got depth={depth}")
         self.stem = PatchStem(self.in_chans, dim, patch_size, "none", remainder, stride)
         spec = resolve_scan(scan, self.own_scan)
+        reverses = spec is not False and spec["type"] in self.own_scan_names and "directions" in spec
         blocks: list[nn.Module] = []
         for i, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
             options = spec
             if options is not False and options["type"] in self.own_scan_names:
-                options = {**options, **self.block_options(i, pairs)}
+                options = {**options, **self.block_options(i, pairs and not reverses)}
             blocks.append(ScanBlock(dim, options, norm=norm, norm_eps=norm_eps, mlp_ratio=0.0, drop_path=rate))
         for block in blocks:
             if isinstance(getattr(block.mixer, "out_proj", None), nn.Linear):
                 with torch.no_grad():
                     block.mixer.out_proj.weight.div_(math.sqrt(depth))
         if pairs:
-            blocks = [PairBlock(*pair) for pair in zip(blocks[::2], blocks[1::2])]
+            blocks = [PairBlock(*pair, reverses) for pair in zip(blocks[::2], blocks[1::2])]
         grid = self.stem.grid_size((img_size, img_size) if isinstance(img_size, int) else tuple(img_size))
         self.rotary: nn.Module | None = None if rotary == "none" else RotaryTable(dim, *grid)
-        self.turns_stream = rotary == "stream"
+        self.turns_stream, self.rotary_skips_first = rotary == "stream", rotary_skips_first
         end_norm = "layer" if self.features_only else norm  # output norms are layer norms, whatever the blocks have
         self.finish_plain(blocks, dim, self.stem.stride, grid if pos_embed else None, end_norm, norm_eps)
         if final_norm == "keep":
@@ -147,10 +167,7 @@ class Vim(PlainBackbone):
         return dict(directions=("forward", "backward")[index % 2], average=False) if pairs else {}
 
     def build_head(self, num_classes: int) -> nn.Module:
-        head = nn.Linear(self.num_features, num_classes)
-        trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
+        return linear_head(self.num_features, num_classes)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -161,16 +178,24 @@ class Vim(PlainBackbone):
     ) -> tuple[torch.Tensor, Branch | None]:
         """As `PlainBackbone.run_block`, behind the rotary positions."""
         if branch is None or self.turns_stream:
-            x = self._turn(x, layout)
+            x = self.turn(index, x, layout)
         if branch is not None:
-            branch = self._turn(branch[0], layout), branch[1]
+            branch = self.turn(index, branch[0], layout), branch[1]
         return super().run_block(index, x, branch, layout)
 
-    def _turn(self, tokens: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
+    def source_of(self, index: int) -> str:
+        if self.last_source is not None and index == self.depth - 1:
+            return self.last_source
+        return super().source_of(index)
+
+    def turn(self, index: int, tokens: torch.Tensor, layout: TokenLayout | None) -> torch.Tensor:
+        """`tokens`, of the given layout or a map, turned by the rotary positions in front of block `index`."""
         if self.rotary is None:
             return tokens
         if layout is None:
             return self.rotary(tokens)
+        if self.rotary_skips_first:
+            layout = TokenLayout(layout.height, layout.width, "first")
         patches, class_tokens = layout.split(tokens)
         turned = self.rotary(patches.unflatten(1, (layout.height, layout.width)))  # (B, L, dim) -> (B, H, W, dim)
         return layout.join(turned.flatten(1, 2), class_tokens)
@@ -220,9 +245,11 @@ class Vim(PlainBackbone):
         given = official_settings(cls.__name__, config, OFFICIAL_DEFAULTS, WITHOUT_EFFECT)
         both = "layers.0.mixer.A_b_log" in keys
         kind = "v1" if given["if_bimamba"] else given["bimamba_type"]
+        if given["if_bidirectional"] and not both:
+            kind = "none"
         if kind not in _DIRECTIONS:
             raise ValueError(f"unknown bimamba_type {kind!r} of an original Vim.{suggest(str(kind), _DIRECTIONS)}")
-        if both != (kind != "none") and not given["if_bidirectional"]:
+        if both != (kind != "none"):
             raise ValueError(f"bimamba_type {kind!r} of an original Vim does not fit its weights, A_b_log says")
         average = dict(average=given["if_divide_out"]) if kind == "v2" else dict(average=False)
         return dict(
@@ -242,12 +269,12 @@ class Vim(PlainBackbone):
     def shared_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         """Options that Vim and its descendants read alike from an original's hyperparameters."""
         class_tokens = "none"
-        if given["if_cls_token"]:
+        if given["if_cls_token"] and not keys.isdisjoint({"cls_token", "cls_token_head"}):  # dense backbones drop them
             class_tokens = "middle" if given["use_middle_cls_token"] else "first"
             class_tokens = "double" if given["use_double_cls_token"] else class_tokens
         rotary = given["if_rope"]
-        if rotary and class_tokens not in ("none", "first"):
-            raise ValueError(f"rotary positions of an original Vim leave out the first token, not a {class_tokens} one")
+        if rotary and class_tokens == "double":
+            raise ValueError("an original Vim has rotary positions for one class token at most, not for two")
         if rotary and given["pt_hw_seq_len"] != 14:
             raise ValueError(f"rotary positions span 14 patches, got pt_hw_seq_len={given['pt_hw_seq_len']}")
         head = any(key.startswith("head.") for key in keys)
@@ -264,10 +291,11 @@ class Vim(PlainBackbone):
             norm_eps=given["norm_epsilon"],
             pos_embed=given["if_abs_pos_embed"],
             rotary=("stream" if given["if_rope_residual"] else "branch") if rotary else "none",
+            rotary_skips_first=True,
             img_size=given["img_size"] if isinstance(given["img_size"], int) else tuple(given["img_size"]),
             remainder="drop",
             drop_path_rate=given["drop_path_rate"],
-            in_chans=given["in_chans"],
+            in_chans=given["in_chans"] if given["channels"] is None else given["channels"],
             class_tokens=class_tokens,
             num_classes=given["num_classes"] if head else 0,
         )
@@ -287,14 +315,12 @@ class Vim(PlainBackbone):
         one_map = indices is None and not pyramid
         source = "stream" if given["use_residual_as_feature"] or (one_map and end in ("add", "add & norm")) else "mixer"
         chosen = [last] if one_map else list(_SEGMENTATION_INDICES if indices is None else indices)
-        if given["use_residual_as_feature"] and last in chosen and end != "add":
-            raise ValueError(
-                "an original Vim collects the residual stream one block late and never that of the last block, but"
-                f" out_indices={chosen} ask for it"
-            )
         if given["use_residual_as_feature"] and given["if_rope"]:
             raise ValueError("an original Vim collects the residual stream behind the next block's rotary positions")
-        kept = "apply" if one_map and end == "add & norm" else "keep" if "norm_f.weight" in keys else "drop"
+        # what the last block's map is where it is not taken behind its mixer: of one map, or of the residual stream,
+        # which is collected when the next block has added to it
+        processed = one_map or (given["use_residual_as_feature"] and last in chosen)
+        kept = "apply" if processed and end == "add & norm" else "keep" if "norm_f.weight" in keys else "drop"
         return dict(
             features_only=True,
             out_indices=chosen,
@@ -302,7 +328,16 @@ class Vim(PlainBackbone):
             feature_source=source,
             pyramid=pyramid,
             final_norm=kept,
+            last_source="mixer" if end in (None, "none") and not one_map else None,
         )
+
+
+def linear_head(dim: int, num_classes: int) -> nn.Linear:
+    """Classifier of a vector of `dim` channels, initialised as the original's."""
+    head = nn.Linear(dim, num_classes)
+    trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 _OFFICIAL_KEYS = (
@@ -350,15 +385,19 @@ def scan_sizes(given: dict[str, Any]) -> dict[str, Any]:
 
 _DIRECTIONS = {"v2": "both", "v1": "shared", "none": "forward"}
 _SEGMENTATION_INDICES = (5, 11, 17, 23)
-# precision and speed, or training alone
-WITHOUT_EFFECT = {"residual_in_fp32", "fused_add_norm", "flip_img_sequences_ratio", "drop_rate", "if_fpn"}
+# precision and speed, training alone, what the state dict says, and a misspelling in Vim-B's own settings
+WITHOUT_EFFECT = {
+    *("residual_in_fp32", "fused_add_norm", "use_checkpoint", "pretrained", "device", "dtype"),
+    *("flip_img_sequences_ratio", "drop_rate", "initializer_cfg", "if_fpn", "ft_seq_len", "if_devide_out"),
+}
 OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     img_size=224,
     patch_size=16,
     stride=16,
     depth=24,
     embed_dim=192,
-    in_chans=3,
+    in_chans=3,  # of the dense backbones; the classifier's is called channels
+    channels=None,
     num_classes=1000,
     d_state=16,
     d_conv=4,

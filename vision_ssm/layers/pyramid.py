@@ -21,10 +21,10 @@ class _Upsample(nn.ConvTranspose2d):
 
 
 class _Halve(nn.MaxPool2d):
-    """Half the size, rounded up: the maxima of 2 x 2 squares of a (B, H, W, C) map."""
+    """Half the size: the maxima of 2 x 2 squares of a (B, H, W, C) map, which may reach over its edge if `ceil`."""
 
-    def __init__(self) -> None:
-        super().__init__(2, stride=2, ceil_mode=True)
+    def __init__(self, ceil: bool) -> None:
+        super().__init__(2, stride=2, ceil_mode=ceil)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H/2, W/2, C)
@@ -35,16 +35,21 @@ class SimplePyramid(nn.Module):
 
     Parameters are named ``levels.0`` (transposed convolution, batch norm, GELU, transposed convolution) and
     ``levels.1`` (transposed convolution).
+
+    Args:
+        dim: channels.
+        remainder: what becomes of the last row or column of an odd size at 1/2 times the size: ``"pad"`` rounds up,
+            ``"drop"`` leaves it out as the originals do.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, remainder: str = "pad"):
         super().__init__()
         self.levels = nn.ModuleList(
             [
                 nn.Sequential(_Upsample(dim), ChannelLastBatchNorm(dim), nn.GELU(), _Upsample(dim)),
                 _Upsample(dim),
                 nn.Identity(),
-                _Halve(),
+                _Halve(ceil=remainder == "pad"),
             ]
         )
 

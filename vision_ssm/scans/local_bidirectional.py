@@ -58,6 +58,9 @@ class LocalBidirectionalScan(SequenceScan):
         window: steps of a window; None: 4, 8 or 16, depending on the length of the sequence as in the published
             kernels. Fix it to run trained weights at another image size.
         reverse: walk the sequence from its end, windows counted from there.
+        both: add a scan of all of the sequence the other way, with a convolution and parameters of its own, that does
+            not look ahead.
+        average: halve the sum of `both`.
     """
 
     def __init__(
@@ -70,6 +73,8 @@ class LocalBidirectionalScan(SequenceScan):
         conv_width: int = 4,
         window: int | None = None,
         reverse: bool = False,
+        both: bool = False,
+        average: bool = False,
     ):
         super().__init__()
         inner = int(expand * dim)
@@ -80,8 +85,16 @@ class LocalBidirectionalScan(SequenceScan):
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv = CausalConv1d(inner, conv_width, reverse=reverse)
         self.core = _LocalCore(inner, state_dim, resolve_dt_rank(dt_rank, dim), window, reverse)
+        self.average = both and average
+        self.other_conv = CausalConv1d(inner, conv_width, reverse=not reverse) if both else None
+        self.other_core = _LocalCore(inner, state_dim, resolve_dt_rank(dt_rank, dim), 1, not reverse) if both else None
+        if self.other_core is not None:
+            nn.init.zeros_(self.other_core.dt_proj_bias)  # as of Vim's second direction
         self.out_proj = nn.Linear(inner, dim, bias=False)
 
     def scan_tokens(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # each (B, T, D)
-        return self.out_proj(self.core(self.conv(x)).to(z.dtype) * F.silu(z))
+        y = self.core(self.conv(x))
+        if self.other_conv is not None and self.other_core is not None:
+            y = y + self.other_core(self.other_conv(x))
+        return self.out_proj((y / 2 if self.average else y).to(z.dtype) * F.silu(z))
