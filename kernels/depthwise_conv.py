@@ -113,7 +113,7 @@ def _load_taps(weight, channel, inside, TAPS: tl.constexpr, FLIP: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _depthwise_conv_forward_kernel(
     x,
     weight,
     bias,
@@ -194,7 +194,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _depthwise_conv_backward_kernel(
     grad,
     x,
     weight,
@@ -346,7 +346,9 @@ def _backward_kernel(
 
 
 @triton.jit
-def _sum_kernel(partial, grad_weight, grad_bias, count, WEIGHTS, TOTAL, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _depthwise_conv_sum_kernel(
+    partial, grad_weight, grad_bias, count, WEIGHTS, TOTAL, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Sums of `count` rows: the first WEIGHTS of TOTAL go to `grad_weight`, the others to `grad_bias` unless None."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.arange(0, ROWS)[:, None]
@@ -435,7 +437,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, f
     plan = _Plan.choose(x.shape, weight, halo=weight.shape[2] - 1, sums=21)
     grid = (plan.programs(x.shape) * ceil_div(x.shape[3], plan.channels),)
     launch(
-        _forward_kernel,
+        _depthwise_conv_forward_kernel,
         grid,
         x,
         weight,
@@ -474,7 +476,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
     if fused or activation != "none":
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
-        _backward_kernel,
+        _depthwise_conv_backward_kernel,
         (programs * ceil_div(channels, plan.channels),),
         grad,
         x,
@@ -490,7 +492,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
         **plan.constants(x.shape, weight),
     )
     launch(
-        _sum_kernel,
+        _depthwise_conv_sum_kernel,
         (ceil_div(total, 32),),
         partial,
         grads["weight"],

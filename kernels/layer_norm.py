@@ -65,7 +65,7 @@ def _load_sum(x, residual, scale, offsets, mask):
 
 
 @triton.jit(do_not_specialize=["row_count", "rows_per_sample"])
-def _forward_kernel(
+def _layer_norm_forward_kernel(
     x,  # (rows, C)
     residual,  # (rows, C) or None
     row_scale,  # (samples) or None
@@ -131,7 +131,7 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=["row_count", "rows_per_sample"])
-def _backward_kernel(
+def _layer_norm_backward_kernel(
     grad_y,  # (rows, C)
     grad_s,  # (rows, C) or None
     x,  # (rows, C)
@@ -294,7 +294,7 @@ def forward(
     if rows:
         tiling = _tiling(channels)
         launch(
-            _forward_kernel,
+            _layer_norm_forward_kernel,
             (ceil_div(rows, tiling.rows),),
             x,
             residual,
@@ -347,7 +347,7 @@ def _launch_backward(
     programs = min(ceil_div(rows, tiling.rows), _backward_programs(x.device, tiling.parts))
     partials = x.new_empty(1 + bias, programs, channels, dtype=torch.float32)
     launch(
-        _backward_kernel,
+        _layer_norm_backward_kernel,
         (programs,),
         grad_y,
         grad_s,

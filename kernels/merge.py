@@ -95,7 +95,7 @@ def merge(
 
 
 @triton.jit
-def _projections_kernel(
+def _merge_projections_kernel(
     parts, rows, offsets, low_rank, B, C, steps_of_rank, targets, step_rows, blocks, part_size, count,
     stride_r, stride_b, stride_c, images, padded,
     RANK: tl.constexpr, STATES: tl.constexpr, BLOCK: tl.constexpr, TARGETS: tl.constexpr,
@@ -159,7 +159,7 @@ def merge_projections(
     block = power_of_2(max(width, rank))
     group = max(1, 1024 // block)
     launch(
-        _projections_kernel, (ceil_div(targets, group) * images,),
+        _merge_projections_kernel, (ceil_div(targets, group) * images,),
         parts, bags.rows, bags.offsets, low_rank, B, C, steps_of_rank, targets, rows, blocks, parts.stride(0),
         bags.uniform, 0 if low_rank is None else low_rank.stride(2), B.stride(2), C.stride(2), images,
         1 if steps_of_rank is None else steps_of_rank.shape[2],

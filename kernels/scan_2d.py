@@ -98,7 +98,7 @@ def _low_rank_rows(delta, i, stride, RANK: tl.constexpr, RANK_BLOCK: tl.constexp
 
 
 @triton.jit(do_not_specialize=["stride_n"])  # or states would be spread over lanes, for wider loads of A
-def _forward_kernel(
+def _scan_2d_forward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, begin, y, states,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
     stride_bb, stride_bl, stride_bk, stride_cb, stride_cl, stride_ck, stride_n, padded, span,
@@ -203,7 +203,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _scan_2d_backward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
     grad_x, grad_delta, parts, sums, grad_weight, walked,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
@@ -362,7 +362,7 @@ def _backward_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_n"])
-def _summary_kernel(
+def _scan_2d_summary_kernel(
     x, delta, A, matrix, weight, bias, positions, written, carry, totals,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk, stride_mb, stride_ml, stride_mk, stride_n,
     padded, span, steps,
@@ -573,7 +573,7 @@ class _Call:
         carry = rates.new_empty(sequences, stretches, work.states, work.dim)
         totals = rates.new_empty(sequences, stretches, work.dim)
         launch(
-            _summary_kernel, (work.programs(channels) * stretches,),
+            _scan_2d_summary_kernel, (work.programs(channels) * stretches,),
             source, self.delta, rates, matrix, self.weight, self.bias, self.read.positions, written, carry, totals,
             *_route_strides(source), *self.delta.stride()[:3], *matrix.stride()[:3], work.dim,
             work.padded, span, work.steps,
@@ -612,7 +612,7 @@ def _scan(call: _Call, states: Tensor | None) -> Tensor:
     if work.programs(channels):
         span, rates = work.span(channels), call.A.transpose(1, 2).contiguous()
         launch(
-            _forward_kernel, (work.programs(channels) * ceil_div(work.padded, span),),
+            _scan_2d_forward_kernel, (work.programs(channels) * ceil_div(work.padded, span),),
             call.x, call.delta, rates, call.B, call.C, call.D, call.weight, call.bias,
             call.read.positions, call.entering(channels, rates), y, states,
             *call.strides(), work.dim, work.padded, span,
@@ -793,7 +793,7 @@ def _launch_backward(call: _Call, grad: Tensor, states: Tensor, parts: _StepGrad
         )  # fmt: skip
         return
     launch(
-        _backward_kernel, (work.programs(_BACKWARD_CHANNELS) * ceil_div(work.padded, parts.span),),
+        _scan_2d_backward_kernel, (work.programs(_BACKWARD_CHANNELS) * ceil_div(work.padded, parts.span),),
         *inputs, None if call.write is call.read else call.write.positions, states, grad, end, *outputs,
         parts.walked, *strides, *parts.delta_strides, work.padded, parts.span, work.steps,
         parts.projections.stride(0), parts.sums.stride(0),

@@ -55,7 +55,7 @@ def _interleaved(a, b, low: tl.constexpr):
 # Strides of states are not specialised: rows whose alignment is unknown are loaded lane by lane, where the compiler
 # would otherwise spread the states over lanes to load several channels at once.
 @triton.jit(do_not_specialize=["stride_n", "sum_size", "scratch_size"])
-def _backward_kernel(
+def _scan_2d_states_backward_kernel(
     x, delta, A, B, C, D, weight, bias, positions, written, states, grad, end,
     grad_x, grad_delta, parts, sums, grad_weight, scratch,
     stride_xb, stride_xl, stride_xk, stride_pb, stride_pl, stride_pk,
@@ -302,7 +302,7 @@ def launch_backward(
     scratch_size = chunk * (_CHANNELS + 2 * state_block) + chunk // sub * state_block * _CHANNELS
     scratch = states.new_empty(programs * scratch_size)
     launch(
-        _backward_kernel, (programs,),
+        _scan_2d_states_backward_kernel, (programs,),
         x, delta, A.transpose(1, 2).contiguous(), B, C, D, weight, bias, positions, written, states, grad, end,
         grad_x, grad_delta, parts, sums, grad_weight, scratch,
         *strides, dim, padded, span, parts.stride(0), sums.stride(0), scratch_size,

@@ -166,7 +166,7 @@ def _channels_of(block, group, GROUP: tl.constexpr, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def _selective_scan_forward_kernel(
     u, delta, A, B, C, D, z, bias, begin, y, ungated, last, states,
     stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded, span,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
@@ -249,7 +249,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, ungated, states, grad, end,
     grad_u, grad_delta, grad_z, parts, grad_A, sums,
     stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, stride_gb, stride_gd,
@@ -390,7 +390,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _summary_kernel(
+def _selective_scan_summary_kernel(
     u, delta, A, matrix, z, bias, carry, totals,
     stride_ub, stride_ud, stride_db, stride_dd, stride_zb, stride_zd, length, padded, span,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, STATES: tl.constexpr, SHARE: tl.constexpr, OWN: tl.constexpr,
@@ -573,7 +573,7 @@ class _Call:
         totals = u.new_empty(carry.shape[:3], dtype=torch.float32)
         constants = self.constants() | dict(TILE=16)
         launch(
-            _summary_kernel, self.grid,
+            _selective_scan_summary_kernel, self.grid,
             u, self.delta, self.A, matrix, z, self.bias, carry, totals,
             *_strides(u), *_strides(self.delta), *_strides(z), self.length, self.padded, self.span,
             TURNED=turned, **constants,
@@ -624,7 +624,7 @@ def forward(
     if u.numel():
         begin = call.entering(False, call.u, call.B, None, None) if call.stretches > 1 else None
         launch(
-            _forward_kernel, call.grid,
+            _selective_scan_forward_kernel, call.grid,
             call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias, begin,
             y, None if z is None else ungated, last, kept,
             *call.strides(), call.length, call.padded, call.span,
@@ -655,7 +655,7 @@ def backward(
         if call.stretches > 1:
             end = call.entering(True, grad, call.C, call.z, end)
         launch(
-            _backward_kernel, call.grid,
+            _selective_scan_backward_kernel, call.grid,
             call.u, call.delta, call.A, call.B, call.C, call.D, call.z, call.bias,
             None if z is None else ungated, states, grad, end,
             grads["u"], grads["delta"], grads.get("z"), parts, by_stretch, sums,

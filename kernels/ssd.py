@@ -85,7 +85,7 @@ def _load_state(states, number, n, p, STATES: tl.constexpr, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _states_kernel(
+def _ssd_states_kernel(
     values,  # (B, L, heads, P): x, or the gradient of y if TURNED
     dt,  # (B, L, heads)
     A,  # (heads)
@@ -141,7 +141,7 @@ def _states_kernel(
 
 
 @triton.jit
-def _forward_kernel(
+def _ssd_forward_kernel(
     x,  # (B, L, heads, P)
     dt,  # (B, L, heads)
     A,  # (heads)
@@ -202,7 +202,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _ssd_backward_kernel(
     grad_y,  # (B, L, heads, P)
     x,  # (B, L, heads, P)
     dt,  # (B, L, heads)
@@ -404,9 +404,9 @@ class _Call:
         totals: Tensor | None,
         turned: bool,
     ) -> None:
-        """Launch `_states_kernel`."""
+        """Launch `_ssd_states_kernel`."""
         launch(
-            _states_kernel, self.grid,
+            _ssd_states_kernel, self.grid,
             values, self.dt, self.A, matrix, self.dt_bias, entering, kept, leaving, totals,
             *values.stride()[:3], *self.dt.stride()[:2], *matrix.stride()[:3], self.length, self.span, self.stretches,
             **self.constants, TURNED=turned, num_warps=_WARPS,
@@ -437,7 +437,7 @@ def forward(
     if call.sequences:
         entering = call.entering(call.x, call.B, call.initial, turned=False)
         launch(
-            _forward_kernel, call.grid,
+            _ssd_forward_kernel, call.grid,
             call.x, call.dt, call.A, call.B, call.C, call.D, call.dt_bias, entering, y, final,
             *call.x.stride()[:3], *call.dt.stride()[:2], *call.B.stride()[:3], *call.C.stride()[:3],
             call.length, call.span, call.stretches, **call.constants, num_warps=_WARPS,
@@ -477,7 +477,7 @@ def backward(
         call.walk(call.x, call.B, entering, kept, None, None, turned=False)
         outer = grad_final.float().contiguous() if grad_final.numel() else None
         launch(
-            _backward_kernel, call.grid,
+            _ssd_backward_kernel, call.grid,
             grad_y, call.x, call.dt, call.A, call.B, call.C, call.D, call.dt_bias, kept,
             call.entering(grad_y, call.C, outer, turned=True),
             grad_x, grad_dt, grad_B, grad_C, grad_A, grad_D, grad_initial,

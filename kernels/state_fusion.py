@@ -83,7 +83,7 @@ def _load_gradients(
 
 
 @triton.jit
-def _forward_kernel(
+def _state_fusion_forward_kernel(
     states,
     kernels,
     C,
@@ -127,7 +127,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _inputs_kernel(
+def _state_fusion_inputs_kernel(
     grad,
     states,
     kernels,
@@ -198,7 +198,7 @@ def _inputs_kernel(
 
 
 @triton.jit
-def _states_kernel(
+def _state_fusion_states_kernel(
     grad,
     kernels,
     C,
@@ -285,7 +285,7 @@ def forward(states: Tensor, kernels: Tensor, C: Tensor, D: Tensor, x: Tensor) ->
     (C, c_line), (x, x_line) = lines(C), lines(x)
     plan = _Plan.choose(states.shape)
     launch(
-        _forward_kernel,
+        _state_fusion_forward_kernel,
         (states.shape[0] * plan.bands * plan.blocks,),
         states.contiguous(),
         kernels.contiguous(),
@@ -313,7 +313,7 @@ def backward(grad: Tensor, states: Tensor, kernels: Tensor, C: Tensor, D: Tensor
     of_c = torch.empty((plan.blocks, cells), dtype=torch.float32, device=states.device)
     partial = torch.empty((_TAPS.value + 1, programs, shape[3]), dtype=torch.float32, device=states.device)
     launch(
-        _inputs_kernel,
+        _state_fusion_inputs_kernel,
         (programs * plan.blocks,),
         grad,
         states,
@@ -332,7 +332,7 @@ def backward(grad: Tensor, states: Tensor, kernels: Tensor, C: Tensor, D: Tensor
         **plan.constants(shape, adjoining=2),
     )
     launch(
-        _states_kernel,
+        _state_fusion_states_kernel,
         (programs * plan.blocks,),
         grad,
         kernels,
