@@ -242,9 +242,13 @@ def test_one_large_step(op):
 
 @pytest.mark.parametrize("op", OPERATORS)
 def test_growing_states(op):
-    """A is meant to be negative; where it is not, states grow as in the twin."""
+    """A is meant to be negative; where it is not, states grow as in the twin.
+
+    By factors up to 1e4: exp(x) in float32 has a relative error of x times the rounding of x, which the tolerance must
+    leave room for.
+    """
     inputs = INPUTS[op](**{"selective_scan": dict(length=100), "scan_2d": dict(size=(10, 10)), "ssd": {}}[op])
-    inputs["A"] = inputs["A"].abs() / 10
+    inputs["A"] = inputs["A"].abs() / 20
     compare_with_twin(op, inputs, torch.float32)
 
 
