@@ -425,6 +425,7 @@ def _draw(routes: Routes, height: int, width: int) -> "Figure":
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
+    cells = [(column, row) for row in range(height) for column in range(width)]  # a route may leave some out
     for axis, (number, order, segment) in zip(axes.flat, panels):
         points = [(cell % width, cell // width) for cell in order]
         steps = [t for t in range(len(points) - 1) if (t + 1) % segment]
@@ -434,14 +435,15 @@ def _draw(routes: Routes, height: int, width: int) -> "Figure":
         path.set_array([(t % segment) / max(segment - 1, 1) for t in steps])
         path.set_clim(0, 1)
         axis.add_collection(path)
-        axis.scatter(*zip(*points), s=14, color="#c9ccd3", zorder=2, linewidths=0)
+        axis.scatter(*zip(*cells), s=14, color="#c9ccd3", zorder=2, linewidths=0)
         for start in range(0, len(points), segment):
             end = min(start + segment, len(points)) - 1
             axis.scatter(*points[start], s=46, color="#440154", zorder=3, label="start" if start == 0 else None)
             axis.scatter(*points[end], s=46, color="#e3a60b", marker="s", zorder=3, label="end" if not start else None)
         axis.set(xlim=(-0.7, width - 0.3), ylim=(height - 0.3, -0.7), aspect="equal")
         axis.set_title(f"route {number}", fontsize=9, color="#333333")
-    figure.suptitle(f"{type(routes).__name__.lower()} on {height} x {width} cells", fontsize=11)
+    name = next((name for name, cls in ROUTES.module_dict.items() if cls is type(routes)), type(routes).__name__)
+    figure.suptitle(f"{name} on {height} x {width} cells", fontsize=11)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
