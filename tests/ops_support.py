@@ -26,8 +26,12 @@ PARAMETERS |= {"weight", "bias", "kernels", "alpha"}
 
 
 def fresh_seed() -> int:
-    """Seed from the system, or the environment variable OPS_TEST_SEED to repeat a failure; printed for that."""
-    seed = int(os.environ.get("OPS_TEST_SEED") or int.from_bytes(os.urandom(4), "little"))
+    """Seed the inputs of a test: 0, another number from OPS_TEST_SEED, or the system's for OPS_TEST_SEED=random.
+
+    The seed is printed, so that a failure can be repeated.
+    """
+    given = os.environ.get("OPS_TEST_SEED", "0")
+    seed = int.from_bytes(os.urandom(4), "little") if given == "random" else int(given)
     torch.manual_seed(seed)
     print(f"OPS_TEST_SEED={seed}")
     return seed
