@@ -13,7 +13,7 @@ from .hooks import (
     RecordHook,
     find_non_finite,
 )
-from .loops import EpochTrainLoop
+from .loops import EpochTrainLoop, IterTrainLoop
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
 from .runner import Runner
@@ -27,6 +27,7 @@ __all__ = [
     "GraphedCall",
     "ImageBatch",
     "ImageClassifier",
+    "IterTrainLoop",
     "MixedPrecisionOptimWrapper",
     "NonFiniteError",
     "NonFiniteHook",

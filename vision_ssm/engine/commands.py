@@ -23,7 +23,7 @@ from .classifier import ImageClassifier
 from .config import UsageError, add_common_flags, load_config, precisions, prepare, prepare_training
 from .hooks import NonFiniteError
 from .logs import ignore_harmless_warnings
-from .metrics import Evaluation, find_evaluation
+from .metrics import Evaluation, find_evaluation, format_metric
 from .predict import Predictor, image_files
 from .runner import Runner
 
@@ -166,7 +166,7 @@ def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, ou
     table = Table("metric", "value", title="Test")
     for name, value in metrics.items():
         if name not in ("data_time", "time"):
-            table.add_row(name, f"{value:.4f}" if name.endswith("entropy") else f"{value:.2f}")
+            table.add_row(name, f"{value:.4f}" if name.endswith("entropy") else format_metric(value))
     console.print(table)
     if evaluation is None:
         return
