@@ -94,3 +94,19 @@ def read_header(path: str | os.PathLike, upright: bool = False) -> tuple[tuple[i
             return size, image.mode, image.format or "?"
     except _DECODING_ERRORS as error:
         raise UnreadableImageError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from error
+
+
+def load_label_map(path: str | os.PathLike) -> np.ndarray:
+    """The numbers stored in an image file with one channel, (H, W) int64: grey levels, or indices of a palette.
+
+    Raises:
+        UnreadableImageError: The file is missing, cut off, damaged, no image, or has more than one channel.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            values = np.asarray(image)
+    except _DECODING_ERRORS as error:
+        raise UnreadableImageError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from error
+    if values.ndim != 2 or values.dtype.kind == "f":
+        raise UnreadableImageError(f"image {os.fspath(path)!r} (mode {image.mode}) is not one whole number a pixel")
+    return values.astype(np.int64)
