@@ -2,6 +2,7 @@
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
+from .dense import DensePicturesHook, DensePredictor, SampleDrawer
 from .distillation import Distillation, distillation_loss
 from .graphs import GraphedCall
 from .hooks import (
@@ -13,7 +14,7 @@ from .hooks import (
     RecordHook,
     find_non_finite,
 )
-from .loops import EpochTrainLoop
+from .loops import EpochTrainLoop, IterTrainLoop
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
 from .runner import Runner
@@ -21,12 +22,15 @@ from .runner import Runner
 __all__ = [
     "CheckpointHook",
     "ClassificationMetric",
+    "DensePicturesHook",
+    "DensePredictor",
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
     "GraphedCall",
     "ImageBatch",
     "ImageClassifier",
+    "IterTrainLoop",
     "MixedPrecisionOptimWrapper",
     "NonFiniteError",
     "NonFiniteHook",
@@ -36,6 +40,7 @@ __all__ = [
     "ProgressHook",
     "RecordHook",
     "Runner",
+    "SampleDrawer",
     "build_loss",
     "distillation_loss",
     "find_non_finite",
