@@ -1,13 +1,13 @@
 """The extension module of mmcv, ``mmcv._ext``, on torchvision's operators, for installations of mmcv without one.
 
-Everything in ``mmcv.ops`` reaches its compiled code through functions of that one module, which write their results into
-tensors they are given. The functions here have the same names and arguments, run wherever torchvision's operators do
-(CPU and CUDA), and are all that UPerNet, Mask R-CNN, Cascade R-CNN, RetinaNet, Soft-NMS and deformable convolutions
+Everything in ``mmcv.ops`` reaches its compiled code through functions of that one module, which write their results
+into tensors they are given. The functions here have the same names and arguments, run wherever torchvision's operators
+do (CPU and CUDA), and are all that UPerNet, Mask R-CNN, Cascade R-CNN, RetinaNet, Soft-NMS and deformable convolutions
 need. Every other function of the module exists and raises `NotImplementedError` when it is called.
 
-Source of the semantics: mmcv 2 (Apache-2.0), docs and Python side of mmcv.ops. Papers: Mask R-CNN (RoIAlign), arXiv
-1703.06870; Focal Loss, arXiv 1708.02002; Soft-NMS, arXiv 1704.04503; Deformable ConvNets v1 and v2, arXiv 1703.06211 and
-1811.11168.
+Source of the semantics: mmcv 2 (Apache-2.0), the Python side of mmcv.ops. Papers: Mask R-CNN (RoIAlign), arXiv
+1703.06870; Focal Loss, arXiv 1708.02002; Soft-NMS, arXiv 1704.04503; Deformable ConvNets v1 and v2, arXiv 1703.06211
+and 1811.11168.
 """
 
 import importlib.machinery
@@ -92,7 +92,7 @@ def softnms(
 
 def _sampling(sampling_ratio: int, pool_mode: int) -> int:
     if pool_mode == _MAX_POOL:
-        raise NotImplementedError("mmcv operator roi_align with pool_mode='max' needs compiled ops; use pool_mode='avg'")
+        raise NotImplementedError("mmcv operator roi_align needs compiled ops for pool_mode='max'; use pool_mode='avg'")
     return sampling_ratio if sampling_ratio > 0 else -1
 
 
@@ -140,7 +140,7 @@ def roi_align_backward(
 
 
 def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits in float32 at least, which entries are of their row's class, and the factor of every entry, (N, C) each."""
+    """Logits in float32 at least, which entries are of their row's class, and every entry's factor, (N, C) each."""
     logits = _widen(input)[0]
     positive = target[:, None] == torch.arange(input.shape[1], device=input.device)  # background: no class at all
     scale = torch.where(positive, alpha, 1 - alpha).to(logits.dtype)
