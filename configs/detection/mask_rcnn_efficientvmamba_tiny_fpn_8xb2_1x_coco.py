@@ -1,9 +1,7 @@
 # Mask R-CNN with efficientvmamba_tiny on COCO, 12 epochs (arXiv 2403.09977); no figure is published.
 _base_ = [
-    "../_base_/detection_runtime.py",
-    "../_base_/models/mask_rcnn_fpn.py",
-    "../_base_/datasets/coco_instance.py",
-    "../_base_/schedules/coco_1x_adamw.py",
+    "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
+    "../_base_/datasets/coco_instance.py", "../_base_/schedules/coco_1x_adamw.py",
 ]
 model = dict(
     backbone=dict(

@@ -1,10 +1,8 @@
 # Mask R-CNN with vanilla_vmamba_small on COCO, 12 epochs: reported AP 48.2 % of boxes and 43.0 % of masks (arXiv
 # 2401.10166).
 _base_ = [
-    "../_base_/detection_runtime.py",
-    "../_base_/models/mask_rcnn_fpn.py",
-    "../_base_/datasets/coco_instance.py",
-    "../_base_/schedules/coco_1x_adamw.py",
+    "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
+    "../_base_/datasets/coco_instance.py", "../_base_/schedules/coco_1x_adamw.py",
 ]
 model = dict(
     backbone=dict(

@@ -1,9 +1,7 @@
 # Semantic FPN with vcmamba_b on ADE20K: reported mIoU 47.1 % (arXiv 2509.04669).
 _base_ = [
-    "../_base_/segmentation_runtime.py",
-    "../_base_/models/semantic_fpn.py",
-    "../_base_/datasets/ade20k_512.py",
-    "../_base_/schedules/segmentation_40k_adamw.py",
+    "../_base_/segmentation_runtime.py", "../_base_/models/semantic_fpn.py",
+    "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_40k_adamw.py",
 ]
 model = dict(
     backbone=dict(
@@ -13,6 +11,5 @@ model = dict(
     neck=dict(in_channels=[64, 128, 320, 512]),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )
-val_dataloader = dict(dataset=dict(pipeline={{_base_.aligned_test_pipeline}}))
-test_dataloader = val_dataloader
-sync_bn = "torch"
+test_pipeline = {{_base_.aligned_test_pipeline}}
+val_dataloader = test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -1,10 +1,8 @@
 # UPerNet with vmamba_tiny_s1l8 on Cityscapes (arXiv 2401.10166); no figure is published. The recipe is that of
 # ADE20K, for half the iterations and images twice as large.
 _base_ = [
-    "../_base_/segmentation_runtime.py",
-    "../_base_/models/upernet.py",
-    "../_base_/datasets/cityscapes_512x1024.py",
-    "../_base_/schedules/segmentation_80k_adamw.py",
+    "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",
+    "../_base_/datasets/cityscapes_512x1024.py", "../_base_/schedules/segmentation_80k_adamw.py",
 ]
 model = dict(
     backbone=dict(

@@ -35,8 +35,7 @@ model = dict(
             dict(type="BatchFixedSizePad", size=(1024, 1024), img_pad_value=0, pad_mask=True, mask_pad_value=0)
         ],
     ),
-    backbone=dict(),
-    neck=dict(type="vision_ssm.SimpleFeaturePyramid", out_channels=256, num_outs=5),
+    neck=dict(type="vision_ssm.SimpleFPN", out_channels=256, num_outs=5),
     rpn_head=dict(
         type="RPNHead",
         in_channels=256,

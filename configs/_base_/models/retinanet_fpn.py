@@ -8,7 +8,6 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    backbone=dict(out_indices=(0, 1, 2, 3)),
     neck=dict(type="FPN", out_channels=256, start_level=1, add_extra_convs="on_input", num_outs=5),
     bbox_head=dict(
         type="RetinaHead",

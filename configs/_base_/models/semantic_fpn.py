@@ -1,5 +1,6 @@
 # Semantic FPN (arXiv 1901.02446). A leaf adds the backbone and the widths of its maps.
 norm_cfg = dict(type="SyncBN", requires_grad=True)
+sync_bn = "torch"  # and batch norms of the backbone
 model = dict(
     type="EncoderDecoder",
     data_preprocessor=dict(
@@ -11,7 +12,6 @@ model = dict(
         seg_pad_val=255,
         size=(512, 512),
     ),
-    backbone=dict(out_indices=(0, 1, 2, 3)),
     neck=dict(type="FPN", out_channels=256, num_outs=4),
     decode_head=dict(
         type="FPNHead",
