@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN with localvim_small on COCO, 100 epochs (arXiv 2403.09338); no figure is published.
+# Cascade Mask R-CNN with localvim_small on COCO, 100 epochs (arXiv 2403.09338); its code reports no figure.
 _base_ = [
     "../_base_/detection_iterations_runtime.py", "../_base_/models/cascade_mask_rcnn_simplefpn.py",
     "../_base_/datasets/coco_lsj_1024.py", "../_base_/schedules/coco_100e_adamw_layer_decay.py",

@@ -1,5 +1,5 @@
-# Mask R-CNN with groupmamba_tiny on COCO, 12 epochs (arXiv 2407.13772); no figure is published. The recipe is Swin's:
-# the original has no code for it.
+# Mask R-CNN with groupmamba_tiny on COCO, 12 epochs (arXiv 2407.13772); its code reports no figure. The recipe is
+# Swin's: the original has no code for it.
 _base_ = [
     "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
     "../_base_/datasets/coco_instance.py", "../_base_/schedules/coco_1x_adamw.py",

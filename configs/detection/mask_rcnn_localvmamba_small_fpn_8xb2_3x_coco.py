@@ -1,4 +1,4 @@
-# Mask R-CNN with localvmamba_small on COCO, 36 epochs (arXiv 2403.09338); no figure is published.
+# Mask R-CNN with localvmamba_small on COCO, 36 epochs (arXiv 2403.09338); its code reports no figure.
 _base_ = [
     "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
     "../_base_/datasets/coco_instance_ms3x.py", "../_base_/schedules/coco_3x_adamw.py",

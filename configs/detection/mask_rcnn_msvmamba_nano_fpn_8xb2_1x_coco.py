@@ -1,4 +1,4 @@
-# Mask R-CNN with msvmamba_nano on COCO, 12 epochs (arXiv 2405.14174); no figure is published.
+# Mask R-CNN with msvmamba_nano on COCO, 12 epochs (arXiv 2405.14174); its code reports no figure.
 _base_ = [
     "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
     "../_base_/datasets/coco_instance.py", "../_base_/schedules/coco_1x_adamw.py",

@@ -1,5 +1,5 @@
-# RetinaNet with plainmamba_l2 on COCO, 12 epochs (arXiv 2403.17695); no figure is published. The original's figures
-# are with an adapter beside the backbone, which this pyramid of transposed convolutions replaces.
+# RetinaNet with plainmamba_l2 on COCO, 12 epochs (arXiv 2403.17695); its code reports no figure. The original's
+# figures are with an adapter beside the backbone, which this pyramid of transposed convolutions replaces.
 _base_ = [
     "../_base_/detection_runtime.py", "../_base_/models/retinanet_fpn.py",
     "../_base_/datasets/coco_detection.py", "../_base_/schedules/coco_1x_adamw.py",

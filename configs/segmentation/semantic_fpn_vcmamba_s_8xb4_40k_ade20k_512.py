@@ -1,4 +1,4 @@
-# Semantic FPN with vcmamba_s on ADE20K (arXiv 2509.04669); no figure is published.
+# Semantic FPN with vcmamba_s on ADE20K (arXiv 2509.04669); its code reports no figure.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/semantic_fpn.py",
     "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_40k_adamw.py",

@@ -1,4 +1,4 @@
-# UPerNet with lbvim_small on ADE20K (arXiv 2506.15976); no figure is published. The original builds the blocks of
+# UPerNet with lbvim_small on ADE20K (arXiv 2506.15976); its code reports no figure. The original builds the blocks of
 # RMS-normed weights with layer norms (norm="layer") here.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",

@@ -1,5 +1,5 @@
-# UPerNet with lbvim_tiny on ADE20K (arXiv 2506.15976); no figure is published. The original builds the blocks of RMS-
-# normed weights with layer norms (norm="layer") here.
+# UPerNet with lbvim_tiny on ADE20K (arXiv 2506.15976); its code reports no figure. The original builds the blocks of
+# RMS-normed weights with layer norms (norm="layer") here.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",
     "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_160k_adamw.py",

@@ -1,5 +1,5 @@
-# UPerNet with localvim_small on ADE20K (arXiv 2403.09338); no figure is published. The original builds the blocks of
-# RMS-normed weights with layer norms (norm="layer") here.
+# UPerNet with localvim_small on ADE20K (arXiv 2403.09338); its code reports no figure. The original builds the blocks
+# of RMS-normed weights with layer norms (norm="layer") here.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",
     "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_160k_adamw.py",

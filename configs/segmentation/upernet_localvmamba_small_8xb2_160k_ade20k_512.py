@@ -1,4 +1,4 @@
-# UPerNet with localvmamba_small on ADE20K (arXiv 2403.09338); no figure is published.
+# UPerNet with localvmamba_small on ADE20K (arXiv 2403.09338); its code reports no figure.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",
     "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_160k_adamw.py",

@@ -1,4 +1,4 @@
-# UPerNet with vmamba_tiny_s1l8 on Cityscapes (arXiv 2401.10166); no figure is published. The recipe is that of
+# UPerNet with vmamba_tiny_s1l8 on Cityscapes (arXiv 2401.10166); its code reports no figure. The recipe is that of
 # ADE20K, for half the iterations and images twice as large.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",

@@ -1,4 +1,4 @@
-# UPerNet with vssd_small on ADE20K (arXiv 2407.18559); no figure is published.
+# UPerNet with vssd_small on ADE20K (arXiv 2407.18559); its code reports no figure.
 _base_ = [
     "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",
     "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_160k_adamw.py",
