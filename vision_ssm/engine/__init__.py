@@ -2,6 +2,7 @@
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
+from .dense import DensePicturesHook, DensePredictor, SampleDrawer
 from .distillation import Distillation, distillation_loss
 from .graphs import GraphedCall
 from .hooks import (
@@ -21,6 +22,8 @@ from .runner import Runner
 __all__ = [
     "CheckpointHook",
     "ClassificationMetric",
+    "DensePicturesHook",
+    "DensePredictor",
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
@@ -37,6 +40,7 @@ __all__ = [
     "ProgressHook",
     "RecordHook",
     "Runner",
+    "SampleDrawer",
     "build_loss",
     "distillation_loss",
     "find_non_finite",

@@ -269,5 +269,22 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
     _save(figure, path)
 
 
+def draw_pictures(pictures: Sequence[tuple[str, np.ndarray]], path: str | Path, title: str) -> None:
+    """Grid of finished pictures, each (H, W, 3) uint8, under their names."""
+    aspect = float(np.mean([picture.shape[1] / picture.shape[0] for _, picture in pictures]))
+    columns = max(1, min(len(pictures), round(math.sqrt(1.4 * len(pictures) / aspect))))
+    rows = math.ceil(len(pictures) / columns)
+    height = 3.0 if aspect < 1.5 else 2.4
+    figure = _figure(height * aspect * columns + 0.4, (height + 0.3) * rows + 0.6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (name, picture) in zip(grid, pictures, strict=False):
+        axes.imshow(picture)
+        axes.set_title(_short(name, 28), fontsize=9, color=MUTED, loc="left")
+    _save(figure, path)
+
+
 def _short(text: str, length: int = 18) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -15,7 +15,7 @@ import numpy as np
 import timm
 import torch
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
-from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.utils import apply_to
 from torch import nn
@@ -198,8 +198,11 @@ class Runner(mmengine.runner.Runner):
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without its distributed wrapper."""
-        return self.model.module if is_model_wrapper(self.model) else self.model
+        """The model without what distributes it or averages its predictions over augmentations."""
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        return model
 
     def save_checkpoint(
         self,
