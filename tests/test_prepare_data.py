@@ -13,7 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from vision_ssm.data import ImageFolder, prepare
-from vision_ssm.data.prepare import PrepareError, check_folder, digits_split, main, write_digits
+from vision_ssm.data.digits import digits_split, write_digits
+from vision_ssm.data.prepare import check_folder, main
+from vision_ssm.data.writing import PrepareError
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = load_digits()
