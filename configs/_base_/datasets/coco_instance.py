@@ -18,7 +18,6 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=4,
     persistent_workers=True,
-    drop_last=True,
     sampler=dict(type="vision_ssm.EpochSampler", shuffle=True),
     batch_sampler=dict(type="AspectRatioBatchSampler", drop_last=True),
     dataset=dict(
