@@ -9,5 +9,6 @@ model = dict(
         type="vision_ssm.EfficientViM", variant="efficientvim_m4", out_norm=False, norm_eval=True,
         init_cfg=dict(type="Pretrained", checkpoint="checkpoints/EfficientViM_M4_e450.pth"),
     ),
-    neck=dict(_delete_=True, type="vision_ssm.EfficientViMFPN", in_channels=[224, 320, 512], finer=2, coarser=0),
+    neck=dict(_delete_=True, type="vision_ssm.EfficientViMFPN", in_channels=[224, 320, 512], out_channels=256,
+              finer=2, coarser=0),
 )

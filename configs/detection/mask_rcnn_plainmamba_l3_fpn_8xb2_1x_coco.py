@@ -1,5 +1,5 @@
-# Mask R-CNN with plainmamba_l3 on COCO, 12 epochs (arXiv 2403.17695); its code reports no figure. The original's
-# figures are with an adapter beside the backbone, which this pyramid of transposed convolutions replaces.
+# Mask R-CNN with plainmamba_l3 on COCO, 12 epochs. The figures of arXiv 2403.17695 are not for this: they are with an
+# adapter beside the backbone, in whose place is a pyramid of transposed convolutions.
 _base_ = [
     "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
     "../_base_/datasets/coco_instance.py", "../_base_/schedules/coco_1x_adamw.py",

@@ -1,5 +1,5 @@
-# RetinaNet with plainmamba_l3 on COCO, 12 epochs (arXiv 2403.17695); its code reports no figure. The original's
-# figures are with an adapter beside the backbone, which this pyramid of transposed convolutions replaces.
+# RetinaNet with plainmamba_l3 on COCO, 12 epochs. The figures of arXiv 2403.17695 are not for this: they are with an
+# adapter beside the backbone, in whose place is a pyramid of transposed convolutions.
 _base_ = [
     "../_base_/detection_runtime.py", "../_base_/models/retinanet_fpn.py",
     "../_base_/datasets/coco_detection.py", "../_base_/schedules/coco_1x_adamw.py",
@@ -12,3 +12,4 @@ model = dict(
     neck=dict(in_channels=[448, 448, 448, 448]),
 )
 optim_wrapper = dict(constructor="vision_ssm.ParameterGroups", paramwise_cfg=dict(_delete_=True))
+find_unused_parameters = True  # the finest map

@@ -7,7 +7,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(layer_decay=0.837),
     precision="bf16",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
-    clip_grad=None,
     accumulative_counts=1,
 )
 param_scheduler = [

@@ -4,7 +4,6 @@ optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     precision="fp32",
     optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    clip_grad=None,
     accumulative_counts=1,
 )
 param_scheduler = [

@@ -5,7 +5,6 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={key: dict(decay_mult=0.0) for key in ("norm", "pos_embed", "cls_token")}),
     precision="fp32",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    clip_grad=None,
     accumulative_counts=1,
 )
 param_scheduler = [

@@ -3,7 +3,6 @@ optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     precision="fp32",
     optimizer=dict(type="AdamW", lr=2e-4, betas=(0.9, 0.999), weight_decay=1e-4),
-    clip_grad=None,
     accumulative_counts=1,
 )
 param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=0.0, begin=0, end=40000, by_epoch=False)]
