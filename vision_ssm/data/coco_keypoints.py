@@ -438,8 +438,8 @@ class CocoKeypoints(Dataset):
         images = self._images(content)
         self.category_id = category = self._category(content)
         if detections is None:
-            rows, keypoints = self._annotated(content["annotations"], images, category)
-            self.labels: np.ndarray | None = np.stack(keypoints).astype(np.float32)
+            rows, labels = self._annotated(content["annotations"], images, category)
+            self.labels: np.ndarray | None = np.stack(labels).astype(np.float32)
         else:
             file = _existing_file(self.root, detections, "detection file")
             rows = self._detected(_read_json(file, "detection file"), images, category, min_score, file)

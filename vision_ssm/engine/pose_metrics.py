@@ -31,8 +31,8 @@ persons of medium (32^2 to 96^2 pixels) and of large area; precision, then recal
 
 
 class PosePrediction(NamedTuple):
-    """What is kept of one person: its number in the dataset, image, file, keypoints (K, 2) in pixels, their scores (K,),
-    the box's score and the area of its region in pixels."""
+    """What is kept of one person: its number in the dataset, image, file, keypoints (K, 2) in pixels, their scores
+    (K,), the box's score and the area of its region in pixels."""
 
     number: int
     image_id: int
