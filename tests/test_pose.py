@@ -692,7 +692,7 @@ def test_training_lowers_the_loss_and_leaves_its_record(trained):
     loss = state["history"]["iterations"][:, 1]
     assert len(loss) == 2 * 3 and loss[-1] < loss[0]
     history = json.loads((folder / "history.json").read_text())
-    assert [row["epoch"] for row in history] == [1, 2] and "val_coco/AP" in history[-1]
+    assert [row["epoch"] for row in history] == [1, 2] and {"val_coco/AP", "train_accuracy"} <= set(history[-1])
     best = read_training(folder / "best_coco_AP.pth")
     assert best["meta"]["metric"] == "coco/AP"
     assert state["meta"]["dataset_meta"]["names"] == COCO_PERSON.names
@@ -710,8 +710,6 @@ def test_resume_is_exact(persons, trained, tmp_path):
     cfg.resume = True
     Runner.from_cfg(cfg).train()
     resumed, expected = (read_training(folder / "epoch_2.pth") for folder in (tmp_path, trained[1]))
-    for state in (resumed, expected):  # a column that is not a number equals itself as well
-        state["history"]["iterations"] = state["history"]["iterations"].nan_to_num(-1.0)
     for part in EXACT:
         assert differences(resumed[part], expected[part], part) == []
 

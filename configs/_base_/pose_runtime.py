@@ -4,7 +4,7 @@ default_hooks = dict(
     logger=dict(type="LoggerHook", interval=50),
     checkpoint=dict(type="vision_ssm.CheckpointHook", every_epochs=1, every_iterations=None, keep=2, best="coco/AP"),
     non_finite=dict(type="vision_ssm.NonFiniteHook"),
-    record=dict(type="vision_ssm.RecordHook"),
+    record=dict(type="vision_ssm.RecordHook", metric="coco/AP", accuracy="accuracy"),
     pictures=dict(type="vision_ssm.PosePicturesHook"),
     progress=dict(type="vision_ssm.ProgressHook"),
 )

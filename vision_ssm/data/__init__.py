@@ -4,7 +4,7 @@ from vision_ssm.data.coco_keypoints import COCO_PERSON, CocoKeypoints, KeypointS
 from vision_ssm.data.collate import collate
 from vision_ssm.data.decode import EXTENSIONS, UnreadableImageError, load_image, read_header, to_eight_bit
 from vision_ssm.data.image_folder import ImageFolder, check_same_classes
-from vision_ssm.data.randomness import Draw, seeded
+from vision_ssm.data.randomness import Draw, SeededDataset, seeded
 from vision_ssm.data.samplers import EpochSampler, RepeatedAugmentSampler
 from vision_ssm.data.transforms import (
     build_transform,
@@ -24,6 +24,7 @@ __all__ = [
     "ImageFolder",
     "KeypointSet",
     "RepeatedAugmentSampler",
+    "SeededDataset",
     "TopDownTransform",
     "UnreadableImageError",
     "build_transform",

@@ -2,6 +2,7 @@
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
+from .dense import DensePicturesHook, DensePredictor, SampleDrawer
 from .distillation import Distillation, distillation_loss
 from .graphs import GraphedCall
 from .hooks import (
@@ -13,7 +14,7 @@ from .hooks import (
     RecordHook,
     find_non_finite,
 )
-from .loops import EpochTrainLoop
+from .loops import EpochTrainLoop, IterTrainLoop
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
 from .pose import HeatmapHead, PosePredictor, TopDownPose, load_pose_weights
@@ -25,6 +26,8 @@ __all__ = [
     "CheckpointHook",
     "ClassificationMetric",
     "CocoKeypointMetric",
+    "DensePicturesHook",
+    "DensePredictor",
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
@@ -32,6 +35,7 @@ __all__ = [
     "HeatmapHead",
     "ImageBatch",
     "ImageClassifier",
+    "IterTrainLoop",
     "MixedPrecisionOptimWrapper",
     "NonFiniteError",
     "NonFiniteHook",
@@ -43,6 +47,7 @@ __all__ = [
     "ProgressHook",
     "RecordHook",
     "Runner",
+    "SampleDrawer",
     "TopDownPose",
     "build_loss",
     "distillation_loss",

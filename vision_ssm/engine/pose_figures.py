@@ -10,7 +10,7 @@ import numpy as np
 
 from vision_ssm.data import COCO_PERSON, KeypointSet, load_image
 
-from .figures import INK, MUTED, _figure, _save, _short
+from .figures import draw_pictures
 
 LEFT = (31, 111, 180)
 RIGHT = (217, 113, 15)
@@ -80,14 +80,8 @@ def draw_pose_grid(
         title: line above.
         definition, threshold: see `draw_poses`.
     """
-    columns = min(4, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    figure = _figure(3.2 * columns + 0.4, 3.4 * rows + 0.6)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid:
-        axes.set_axis_off()
-    for axes, (file, persons) in zip(grid, pictures, strict=False):
+    drawn = []
+    for file, persons in pictures:
         image = np.asarray(load_image(file))
         factor = max(1, math.ceil(LEAST_SIDE / max(image.shape[:2])))  # so that lines are fine on small images
         image = image.repeat(factor, 0).repeat(factor, 1)
@@ -95,6 +89,5 @@ def draw_pose_grid(
             keypoints = (np.stack([person["keypoints"] for person in persons]) + 0.5) * factor - 0.5
             scores = np.stack([person["scores"] for person in persons])
             image = draw_poses(image, keypoints, scores, definition, threshold)
-        axes.imshow(image)
-        axes.set_title(_short(Path(file).name, 32), fontsize=9, color=MUTED, loc="left")
-    _save(figure, path)
+        drawn.append((Path(file).name, image))
+    draw_pictures(drawn, path, title)

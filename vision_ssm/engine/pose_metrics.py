@@ -23,6 +23,7 @@ from vision_ssm.data import KeypointSet
 from vision_ssm.registry import HOOKS, METRICS
 
 from .checkpoint import write_text
+from .hooks import finished, position_in_words
 from .pose_figures import draw_pose_grid
 
 NUMBERS = ("AP", "AP50", "AP75", "AP_M", "AP_L", "AR", "AR50", "AR75", "AR_M", "AR_L")
@@ -259,9 +260,8 @@ class PosePicturesHook(Hook):
         self.least = least
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        last = runner.train_loop is None or runner.epoch >= runner.max_epochs
-        if last or (self.every_epochs is not None and runner.epoch % self.every_epochs == 0):
-            self.draw(runner.val_evaluator, Path(runner.work_dir), f"Validation after epoch {runner.epoch}")
+        if finished(runner) or (self.every_epochs is not None and runner.epoch % self.every_epochs == 0):
+            self.draw(runner.val_evaluator, Path(runner.work_dir), f"Validation after {position_in_words(runner)}")
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self.draw(runner.test_evaluator, Path(runner.work_dir), "Test")
