@@ -11,7 +11,7 @@ import pytest
 import torch
 from engine_support import CONFIGS, EXACT, differences, runs_are_exact
 from mmengine.config import Config
-from mmengine.registry import HOOKS, METRICS, MODELS
+from mmengine.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS
 from PIL import Image
 from torch import nn
 
@@ -35,6 +35,8 @@ from vision_ssm.engine.config import UsageError, check_option
 from vision_ssm.engine.pose import decode_heat_maps, heat_map_loss, keypoint_accuracy
 from vision_ssm.engine.pose_figures import LEFT, RIGHT
 from vision_ssm.registry import DATASETS
+
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")  # schedules without training
 
 LEAVES = sorted((CONFIGS / "pose").glob("*.py"))
 SHAPES = CONFIGS / "pose" / "heatmap_vmamba_micro_shapes.py"
@@ -801,5 +803,48 @@ def test_config_builds(path):
     if cfg.model.backbone.name in list_models():
         with torch.device("meta"):
             model = MODELS.build(cfg.model)
-        ParameterGroups({**cfg.optim_wrapper, "precision": "fp32"} | {}, None)
-        assert model.stride == 4
+        assert model.stride == cfg.train_dataloader.dataset.transform.stride
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+def test_config_takes_a_training_step(path, persons):
+    """With a small backbone in place of its own, on small pictures in its layout, with its optimizer and schedule."""
+    cfg = Config.fromfile(str(path))
+    outside = len(cfg.model.deconv_channels) == 0
+    cfg.model.backbone = dict(name="vmamba_micro", dims=8, depths=(1,), out_indices=(0,)) if outside else MICRO
+    cfg.model.deconv_channels = cfg.model.deconv_channels[:1]
+    dataset = DATASETS.build({**cfg.train_dataloader.dataset, "root": str(persons)})
+    model = MODELS.build(cfg.model)
+    wrapper = {key: value for key, value in cfg.optim_wrapper.items() if key not in ("type", "constructor")}
+    optimizer = ParameterGroups({**wrapper, "precision": "fp32"})(model)
+    for options in cfg.param_scheduler:
+        PARAM_SCHEDULERS.build({"end": 10, **options}, default_args=dict(optimizer=optimizer, epoch_length=3))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    outputs = model.train_step(collate_poses([dataset[Draw(index, (index,))] for index in range(2)]), optimizer)
+    assert outputs["loss"].isfinite() and 0 <= outputs["accuracy"] <= 100
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {"head.final_layer.weight", "backbone.stem.conv1.weight"} <= moved and len(moved) > 0.8 * len(before)
+
+
+def test_recipe_of_the_published_poses():
+    """arXiv 2410.03174 and its code: AdamW, 210 epochs, 500 iterations of warm-up, steps at 170 and 200."""
+    cfg = Config.fromfile(str(CONFIGS / "pose" / "heatmap_hrvmamba_small_pose_8xb32_210e_coco_256x192.py"))
+    optimizer = ParameterGroups(dict(optimizer=cfg.optim_wrapper.optimizer))(nn.Conv2d(2, 2, 1))
+    length, rates = 100, {}
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(options), default_args=dict(optimizer=optimizer)) for options in cfg.param_scheduler
+    ]
+    for iteration in range(210 * length):
+        rates[iteration] = optimizer.get_lr()["base_lr"][0]
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (iteration + 1) % length == 0:
+                scheduler.step()
+    assert rates[0] == pytest.approx(5e-7) and rates[250] == pytest.approx(2.5e-4, rel=5e-3)
+    assert rates[499] == pytest.approx(5e-4) and rates[170 * length - 1] == pytest.approx(5e-4)
+    assert rates[170 * length] == pytest.approx(5e-5) and rates[200 * length - 1] == pytest.approx(5e-5)
+    assert rates[200 * length] == pytest.approx(5e-6)
+    rates_of_drop_path = {
+        path.stem: Config.fromfile(str(path)).model.backbone.drop_path_rate for path in LEAVES if path != SHAPES
+    }
+    assert list(rates_of_drop_path.values()) == [0.2, 0.6, 0.1, 0.1, 0.0]  # base, base 384, small, small 384, tiny
+    assert cfg.sync_bn == "torch" and cfg.model.flip_test and cfg.model.shift_heatmap
