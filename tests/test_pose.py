@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from engine_support import CONFIGS, EXACT, differences, runs_are_exact
+from engine_support import CONFIGS, EXACT, ROOT, differences, run_python, runs_are_exact
 from mmengine.config import Config
 from mmengine.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS
 from PIL import Image
@@ -726,6 +726,33 @@ def test_bf16_run_on_boxes_of_a_detector(persons, tmp_path):
     runner.train()
     metric = runner.val_evaluator.metrics[0]
     assert len(metric.evaluation.images) == 4
+
+
+def test_two_processes_train_and_evaluate_like_one(persons, tmp_path):
+    states = []
+    for name, batch in (("one", 4), ("two", 2)):
+        cfg = small_run(persons, tmp_path / name, epochs=1)
+        # no batch norm, whose statistics a process takes of its own images alone
+        cfg.model.update(backbone=dict(name="vmamba_micro", dims=8, depths=(1,), out_indices=(0,)), deconv_channels=())
+        cfg.train_dataloader.batch_size = batch
+        cfg.dump(tmp_path / f"{name}.py")
+        if name == "one":
+            Runner.from_cfg(cfg).train()
+        else:
+            process = run_python(
+                "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tools" / "train.py",
+                tmp_path / "two.py", "--launcher", "pytorch",
+            )  # fmt: skip
+            assert process.returncode == 0, process.stderr[-4000:]
+        states.append(read_training(tmp_path / name / "epoch_1.pth"))
+        written = json.loads((tmp_path / name / "history.json").read_text())
+        states[-1]["validation"] = {key: value for key, value in written[-1].items() if key.startswith("val_coco/")}
+    first, second = states
+    assert second["meta"]["world_size"] == 2
+    assert torch.allclose(first["history"]["iterations"][:, 1], second["history"]["iterations"][:, 1], rtol=0, atol=1e-6)
+    for name, value in first["state_dict"].items():
+        assert torch.allclose(value, second["state_dict"][name], rtol=0, atol=1e-4), name
+    assert len(first["validation"]) == 8 and first["validation"] == pytest.approx(second["validation"], abs=1e-6)
 
 
 # Prediction
