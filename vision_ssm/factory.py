@@ -3,7 +3,7 @@
 import fnmatch
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -36,14 +36,12 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in names if fnmatch.fnmatchcase(name, pattern))
 
 
-def _keywords(cls: type[Backbone]) -> list[str]:
-    """Constructor keywords of a family, those of its base classes included."""
-    names: list[str] = []
-    for base in cls.__mro__:
-        if issubclass(base, Backbone) and "__init__" in vars(base):
-            parameters = inspect.signature(base.__init__).parameters.values()
-            names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return list(dict.fromkeys(names))
+def check_overrides(name: str, overrides: Collection[str], valid: Collection[str]) -> None:
+    """Raise `TypeError` with suggestions if keywords of a model that messages call `name` are not among the `valid`."""
+    unknown = sorted(set(overrides) - set(valid))
+    if unknown:
+        hints = "".join(text for key in unknown if "mean" in (text := suggest(key, valid)))
+        raise TypeError(f"{name} has no keyword {', '.join(map(repr, unknown))}.{hints} Keywords: {', '.join(valid)}.")
 
 
 def create_model(
@@ -73,11 +71,7 @@ def create_model(
         FileNotFoundError, CheckpointError: `pretrained` cannot be read or does not fit.
     """
     cls = find_family(name)
-    valid = _keywords(cls)
-    unknown = sorted(set(overrides) - set(valid))
-    if unknown:
-        hints = "".join(text for key in unknown if "mean" in (text := suggest(key, valid)))
-        raise TypeError(f"{name} has no keyword {', '.join(map(repr, unknown))}.{hints} Keywords: {', '.join(valid)}.")
+    check_overrides(name, overrides, cls.keywords())
     settings = dict(overrides, num_classes=num_classes, features_only=features_only, out_indices=out_indices)
     model = _entry_point(cls, name)(**settings)
     if pretrained is True:

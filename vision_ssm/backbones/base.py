@@ -1,5 +1,6 @@
 """What every backbone is and answers: written once, for all families."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -176,11 +177,8 @@ def register_family(cls: type["Backbone"]) -> dict[str, Callable[..., "Backbone"
 
     def entry_point(name: str) -> Callable[..., Backbone]:
         def create(**overrides: Any) -> Backbone:
-            if overrides.get("scan") is not None:
-                overrides["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
-            model = cls(**{**cls.variants[name], **overrides})
-            model.variant = name
-            model.pretrained_cfg = {**DEFAULT_PRETRAINED_CFG, **cls.published.get(name, {})}
+            model = cls(**cls.variant_settings(name, overrides))
+            model.take_name(name)
             return model
 
         create.__name__ = create.__qualname__ = name
@@ -223,6 +221,35 @@ class Backbone(nn.Module):
     stages: nn.ModuleList
     norm: nn.Module
     head: nn.Module
+
+    @classmethod
+    def registered(cls) -> "type[Backbone]":
+        """The family's class as `BACKBONES` holds it, for this class or one that wraps it."""
+        known = set(BACKBONES.module_dict.values())
+        return next(base for base in cls.__mro__ if base in known)
+
+    @classmethod
+    def keywords(cls) -> list[str]:
+        """Keywords of the family's constructor, those of its base classes included."""
+        names: list[str] = []
+        for base in cls.registered().__mro__:
+            if issubclass(base, Backbone) and "__init__" in vars(base):
+                parameters = inspect.signature(base.__init__).parameters.values()
+                names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        return list(dict.fromkeys(names))
+
+    @classmethod
+    def variant_settings(cls, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Constructor keywords of variant `name` with some replaced; a `scan` may replace some options only."""
+        settings = {**cls.variants[name], **overrides}
+        if overrides.get("scan") is not None:
+            settings["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
+        return settings
+
+    def take_name(self, name: str) -> None:
+        """Go by the name of a variant from now on."""
+        self.variant = name
+        self.pretrained_cfg = {**DEFAULT_PRETRAINED_CFG, **self.published.get(name, {})}
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:

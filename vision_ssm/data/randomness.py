@@ -10,9 +10,14 @@ number of processes that share an epoch, and after resuming in the middle of an 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from mmengine.registry import DATASETS as ROOT_DATASETS
+from torch.utils.data import Dataset
+
+from vision_ssm.registry import DATASETS
 
 
 class Draw(int):
@@ -57,3 +62,31 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.default_generator.set_state(states[2])
+
+
+@DATASETS.register_module()
+class SeededDataset(Dataset):
+    """Another package's data set, whose sample of a `Draw` is made inside `seeded(*coordinates)`.
+
+    Everything else (``metainfo``, ``get_data_info``, ...) is the inner data set's.
+
+    Args:
+        dataset: config of a data set whose transforms draw from the global generators, such as mmseg's and mmdet's.
+    """
+
+    def __init__(self, dataset: dict) -> None:
+        self.dataset = ROOT_DATASETS.build(dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if not isinstance(index, Draw):
+            return self.dataset[index]
+        with seeded(*index.coordinates):
+            return self.dataset[int(index)]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset":  # not there yet while a copy is being unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

@@ -6,7 +6,7 @@ import csv
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,19 @@ from vision_ssm.weights import CheckpointError, load_weights
 
 from . import figures
 from .classifier import ImageClassifier
-from .config import UsageError, add_common_flags, load_config, precisions, prepare, prepare_training
+from .config import (
+    UsageError,
+    add_common_flags,
+    load_config,
+    precisions,
+    prepare,
+    prepare_training,
+    use_test_time_augmentation,
+)
+from .dense import DensePredictor, SampleDrawer, dense_task, picture_of, save_pictures, summarise
 from .hooks import NonFiniteError
 from .logs import ignore_harmless_warnings
-from .metrics import Evaluation, find_evaluation
+from .metrics import Evaluation, find_evaluation, format_metric
 from .predict import Predictor, image_files
 from .runner import Runner
 
@@ -124,12 +133,22 @@ def test(argv: Sequence[str] | None = None) -> int:
     parser = _parser(
         "Evaluate weights on the test data of a config: metrics, accuracy per class, confusion matrix, pictures.",
         """  test.py configs/classification/quickstart_digits.py work_dirs/quickstart_digits/best_top1.pth
-  test.py CONFIG official_weights.pth --data-root /data/imagenet --out predictions.csv""",
+  test.py CONFIG official_weights.pth --data-root /data/imagenet --out predictions.csv
+  test.py configs/segmentation/CONFIG.py iter_160000.pth --tta                       several scales and flips
+  test.py SEGMENTATION CHECKPOINT --cfg-options model.test_cfg.mode=slide model.test_cfg.crop_size=512,512 \\
+      model.test_cfg.stride=341,341                                                  sliding window""",
     )
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="checkpoint of a training run, or official weights of the config's model")
     add_common_flags(parser)
-    parser.add_argument("--out", metavar="FILE.csv", help="write one line per image: file, label, prediction")
+    parser.add_argument(
+        "--out", metavar="FILE.csv", help="classification: write one line per image: file, label, prediction"
+    )
+    parser.add_argument(
+        "--tta",
+        action="store_true",
+        help="segmentation and detection: average over scales and flips, as the config's tta_pipeline says",
+    )
     args = parser.parse_args(argv)
     ignore_harmless_warnings()
     with _clear_errors(_BUILDING):
@@ -146,6 +165,12 @@ def test(argv: Sequence[str] | None = None) -> int:
         cfg.default_hooks = {key: hook for key, hook in cfg.default_hooks.items() if key in ("logger", "pictures")}
         cfg.default_hooks.update(checkpoint=None, param_scheduler=None, sampler_seed=None)
         cfg.custom_hooks = []
+        if args.out and cfg.model.type != "vision_ssm.ImageClassifier":
+            raise UsageError(f"--out is for image classifiers; the model of this config is {cfg.model.type}")
+        if args.tta:
+            use_test_time_augmentation(cfg)
+        if isinstance(cfg.model.get("backbone"), dict) and "init_cfg" in cfg.model.backbone:
+            cfg.model.backbone.init_cfg = None  # every weight comes from the checkpoint
         runner = Runner.from_cfg(cfg)
         model = runner.bare_model
         if isinstance(model, ImageClassifier):
@@ -166,7 +191,7 @@ def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, ou
     table = Table("metric", "value", title="Test")
     for name, value in metrics.items():
         if name not in ("data_time", "time"):
-            table.add_row(name, f"{value:.4f}" if name.endswith("entropy") else f"{value:.2f}")
+            table.add_row(name, f"{value:.4f}" if name.endswith("entropy") else format_metric(value))
     console.print(table)
     if evaluation is None:
         return
@@ -187,19 +212,26 @@ def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, ou
 
 
 def predict(argv: Sequence[str] | None = None) -> int:
-    """Classify images."""
+    """Classify or segment images, or detect objects in them, as the config says."""
     parser = _parser(
-        "Classify images or all images of a folder: a table of the most probable classes, and a picture of it.",
+        "Predict for images or all images of a folder, as the config says: the most probable classes, a semantic map, "
+        "or boxes and instance masks; a table and a picture.",
         """  predict.py CONFIG CHECKPOINT image.png
   predict.py configs/classification/quickstart_digits.py work_dirs/quickstart_digits/best_top1.pth data/digits/val/3
-  predict.py dog.jpg cat.jpg --model vmamba_tiny_s1l8 --weights vssm1_tiny_0230s_ckpt_epoch_264.pth""",
+  predict.py dog.jpg cat.jpg --model vmamba_tiny_s1l8 --weights vssm1_tiny_0230s_ckpt_epoch_264.pth
+  predict.py configs/detection/CONFIG.py epoch_12.pth photos/ --score 0.5 --out drawn/     one picture per photo""",
     )
-    parser.add_argument("inputs", nargs="+", metavar="[CONFIG CHECKPOINT] IMAGE_OR_FOLDER", help="what to classify")
+    parser.add_argument("inputs", nargs="+", metavar="[CONFIG CHECKPOINT] IMAGE_OR_FOLDER", help="what to look at")
     parser.add_argument("--model", metavar="NAME", help="name of the model, instead of a config (see list_models.py)")
     parser.add_argument("--weights", metavar="FILE", help="weight file for --model, official or of a training run")
     parser.add_argument("--top", type=int, default=5, help="classes per image (default 5)")
+    parser.add_argument("--score", type=float, default=0.3, help="detection: least score shown (default %(default)s)")
     parser.add_argument(
-        "--out", default="predictions.png", metavar="FILE.png", help="picture to write (default %(default)s)"
+        "--out",
+        default="predictions.png",
+        metavar="FILE.png",
+        help="picture to write (default %(default)s); any other name is a folder, for one picture per image (not for "
+        "classification)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     args = parser.parse_args(argv)
@@ -216,15 +248,12 @@ def predict(argv: Sequence[str] | None = None) -> int:
             if len(args.inputs) < 3:
                 parser.error("expected CONFIG CHECKPOINT IMAGES, or --model NAME --weights FILE IMAGES")
             config, checkpoint, *inputs = args.inputs
-            predictor = Predictor.from_config(load_config(config), checkpoint, args.device)
+            cfg = load_config(config)
+            if dense_task(cfg) is not None:
+                return _predict_dense(DensePredictor(cfg, checkpoint, args.device), image_files(inputs), args)
+            predictor = Predictor.from_config(cfg, checkpoint, args.device)
         files = image_files(inputs)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            results = predictor(files, args.top)
-        for warning in caught:
-            print(f"warning: {warning.message}", file=sys.stderr)
-        if not results:
-            raise UsageError("none of the images could be read")
+        results = _results(lambda: predictor(files, args.top))
         figures.draw_top(list(results.items())[:MOST_DRAWN], args.out, f"Top {args.top} classes")
     console = _console()
     if len(results) == 1:
@@ -240,6 +269,39 @@ def predict(argv: Sequence[str] | None = None) -> int:
     console.print(table)
     drawn = f" (the first {MOST_DRAWN} of {len(results)} images)" if len(results) > MOST_DRAWN else ""
     console.print(f"Picture{drawn}: {args.out}", soft_wrap=True)
+    return 0
+
+
+def _results(predict: Callable[[], dict]) -> dict:
+    """What `predict` returns, its warnings printed; `UsageError` if that is nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        results = predict()
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    if not results:
+        raise UsageError("none of the images could be read")
+    return results
+
+
+def _predict_dense(predictor: DensePredictor, files: Sequence[Path], args: argparse.Namespace) -> int:
+    results = _results(lambda: predictor(files))
+    drawer = SampleDrawer(predictor.task, predictor.dataset_meta, args.score)
+    grid = Path(args.out).suffix.lower() == ".png"
+    shown = list(results.items())[: MOST_DRAWN if grid else None]
+    pictures = [(Path(file).name, drawer(picture_of(file), sample)) for file, sample in shown]
+    if grid:
+        figures.draw_pictures(pictures, args.out, f"Prediction: {predictor.task}")
+    else:
+        save_pictures(pictures, args.out)
+    table = Table("image", *(f"{place + 1}." for place in range(args.top)))
+    for file, sample in results.items():
+        found = summarise(predictor.task, sample, predictor.classes, args.score)[: args.top]
+        table.add_row(file, *(f"{name} {text}" for name, text in found))
+    console = _console()
+    console.print(table)
+    drawn = f" (the first {MOST_DRAWN} of {len(results)} images)" if len(results) > len(shown) else ""
+    console.print(f"Picture{'s' * (not grid)}{drawn}: {args.out}", soft_wrap=True)
     return 0
 
 

@@ -22,6 +22,8 @@ from .runner import Runner
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SELF_CHECKED = ("backbone", "loss", "mixup", "distillation", "transform", "paramwise_cfg")
 """Parts of a config whose builders reject unknown keywords themselves."""
+FREE = ("model.train_cfg", "model.test_cfg")
+"""Parts that models of mmseg and mmdet read as they like."""
 TOP_LEVEL = ("resume_anyway", "compile", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
 """Keys of a config that the Runner reads besides its constructor's keywords."""
 OWNERS = {"train_cfg": EpochBasedTrainLoop.__init__, "randomness": Runner.set_randomness}
@@ -93,7 +95,7 @@ def check_option(cfg: Config, key: str) -> None:
         if part in node:
             node = node[part]
             continue
-        if depth and parts[depth - 1] in SELF_CHECKED:
+        if depth and (parts[depth - 1] in SELF_CHECKED or where in FREE):
             return
         if depth == 0:
             allowed: set[str] | None = {*inspect.signature(Runner).parameters, *TOP_LEVEL} - {"cfg"}
@@ -123,20 +125,46 @@ def check_work_dir(path: str | Path) -> Path:
 
 
 def set_data_root(cfg: Config, folder: str) -> None:
-    """Let every loader of `cfg` read from `folder`."""
+    """Let every loader of `cfg`, and every evaluator that reads annotations, read from `folder`."""
     if not Path(folder).is_dir():
-        raise UsageError(f"--data-root {folder} is not a folder; it should hold train/CLASS/*.png and val/CLASS/*.png")
-    for loader in LOADERS:
-        if cfg.get(loader) is not None:
-            cfg[loader].dataset.root = folder
+        layout = "train/CLASS/*.png and val/CLASS/*.png" if _is_classification(cfg) else "what the config's base says"
+        raise UsageError(f"--data-root {folder} is not a folder; it should hold {layout}")
+    if _is_classification(cfg):
+        for loader in LOADERS:
+            if cfg.get(loader) is not None:
+                cfg[loader].dataset.root = folder
+        return
+    old = cfg.get("data_root")
+    if old is None:
+        raise UsageError("--data-root needs a config with a data_root; in this one, change the paths of the data sets")
+    cfg.data_root = folder
+    for name in (*LOADERS, "val_evaluator", "test_evaluator"):
+        if cfg.get(name) is not None:
+            cfg[name] = _moved(cfg[name], old.rstrip("/"), folder.rstrip("/"))
+
+
+def _is_classification(cfg: Config) -> bool:
+    return cfg.get("model", {}).get("type") == "vision_ssm.ImageClassifier"
+
+
+def _moved(value: Any, old: str, new: str) -> Any:
+    """`value` with every path in it that is `old`, or lies in it, moved to `new`."""
+    if isinstance(value, dict):
+        return type(value)({key: _moved(item, old, new) for key, item in value.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, old, new) for item in value)
+    if isinstance(value, str) and (value.rstrip("/") == old or value.startswith(old + "/")):
+        return new + value[len(old) :]
+    return value
 
 
 def add_common_flags(parser: ArgumentParser) -> None:
     """Flags that training and testing share."""
     parser.add_argument("--work-dir", metavar="DIR", help="folder for everything that is written")
     parser.add_argument(
-        "--data-root", metavar="DIR", help="data set in ImageNet layout (DIR/train/CLASS/*, DIR/val/CLASS/*)"
-    )
+        "--data-root", metavar="DIR",
+        help="folder of the data: DIR/train/CLASS/*, DIR/val/CLASS/* for classification; else in the config's layout",
+    )  # fmt: skip
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE",
         help="change the config, for example optim_wrapper.optimizer.lr=2e-3 train_cfg.max_epochs=5",
@@ -170,6 +198,8 @@ def prepare_training(args: Namespace) -> Config:
     if args.amp:
         cfg.optim_wrapper.precision = args.amp
     if args.cuda_graphs:
+        if not _is_classification(cfg):
+            raise UsageError(f"--cuda-graphs is for image classifiers; the model of this config is {cfg.model.type}")
         cfg.model.cuda_graphs = True
     cfg.setdefault("randomness", ConfigDict(seed=None))
     if args.seed is not None:
@@ -184,6 +214,18 @@ def prepare_training(args: Namespace) -> Config:
         _set_resume(cfg, args.resume or "auto")
         cfg.resume_anyway = args.resume_anyway
     return cfg
+
+
+def use_test_time_augmentation(cfg: Config) -> None:
+    """Test with the config's ``tta_pipeline`` and ``tta_model``; `UsageError` if it has none."""
+    missing = [key for key in ("tta_model", "tta_pipeline") if cfg.get(key) is None]
+    if missing:
+        raise UsageError(f"--tta needs tta_model and tta_pipeline; this config lacks {' and '.join(missing)}")
+    dataset = cfg.test_dataloader.dataset
+    while "dataset" in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 
 def _set_resume(cfg: Config, source: str) -> None:

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageOps
 
-from .metrics import Evaluation, Prediction
+from .metrics import Evaluation, Prediction, format_metric
 
 INK = "#1f2933"
 MUTED = "#7b8794"
@@ -59,6 +59,7 @@ class Curves:
         epochs: (n,) position of each training iteration, in epochs.
         loss, lr, top1: (n,) training loss, learning rate and training top-1 (%; NaN where not known).
         validation: rows with ``epoch`` and the metrics of each validation.
+        metric: the metric of `validation` that is drawn.
     """
 
     epochs: np.ndarray
@@ -66,6 +67,7 @@ class Curves:
     lr: np.ndarray
     top1: np.ndarray
     validation: list[dict[str, float]]
+    metric: str = "top1"
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
@@ -106,16 +108,18 @@ def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
         panels[0].set_ylim(shown.min() * 0.6, np.nanmax(curves.loss) * 1.4)
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-    _style(panels[1], "Top-1 accuracy, %")
+    _style(panels[1], "Top-1 accuracy, %" if curves.metric == "top1" else curves.metric)
     if np.isfinite(curves.top1).any():
         accuracy = smoothed(curves.top1, window)
-        panels[1].plot(curves.epochs[::step], accuracy[::step], color=BLUE, linewidth=1.8, label="train (augmented)")
-    best = [row["top1"] for row in curves.validation if "top1" in row]
+        label = "train (augmented)" if curves.metric == "top1" else "train accuracy, % (augmented)"
+        panels[1].plot(curves.epochs[::step], accuracy[::step], color=BLUE, linewidth=1.8, label=label)
+    best = [row[curves.metric] for row in curves.validation if curves.metric in row]
     if best:
         panels[1].plot(at, best, color=ORANGE, linewidth=1.8, marker="o", markersize=3, label="validation")
         top = int(np.argmax(best))
         panels[1].axhline(best[top], color=ORANGE, linewidth=0.8, linestyle=(0, (4, 4)))
-        panels[1].set_title(f"best {best[top]:.2f} in epoch {at[top]:g}", loc="right", fontsize=9, color=ORANGE)
+        summary = f"best {format_metric(best[top])} in epoch {round(at[top], 1):g}"
+        panels[1].set_title(summary, loc="right", fontsize=9, color=ORANGE)
     _, high = panels[1].get_ylim()
     panels[1].set_ylim(top=min(high, 101))
 
@@ -262,6 +266,23 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
             weight = "bold" if first else "normal"
             right.text(0, place + 0.26, _short(name, 40), fontsize=9, color=INK, va="bottom", fontweight=weight)
             right.text(value + 2, place, f"{value:.1f} %", fontsize=9, color=INK if first else MUTED, va="center")
+    _save(figure, path)
+
+
+def draw_pictures(pictures: Sequence[tuple[str, np.ndarray]], path: str | Path, title: str) -> None:
+    """Grid of finished pictures, each (H, W, 3) uint8, under their names."""
+    aspect = float(np.mean([picture.shape[1] / picture.shape[0] for _, picture in pictures]))
+    columns = max(1, min(len(pictures), round(math.sqrt(1.4 * len(pictures) / aspect))))
+    rows = math.ceil(len(pictures) / columns)
+    height = 3.0 if aspect < 1.5 else 2.4
+    figure = _figure(height * aspect * columns + 0.4, (height + 0.3) * rows + 0.6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, (name, picture) in zip(grid, pictures, strict=False):
+        axes.imshow(picture)
+        axes.set_title(_short(name, 28), fontsize=9, color=MUTED, loc="left")
     _save(figure, path)
 
 

@@ -1,11 +1,13 @@
 """Hooks of a run: checkpoints, records and curves, pictures, the progress display, and the watch for NaN."""
 
 import json
+import math
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce, is_main_process
 from mmengine.hooks import Hook
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -23,12 +25,44 @@ from vision_ssm.registry import HOOKS
 from . import figures
 from .checkpoint import POINTER, preserved_rng, rng_state, saved_checkpoints, set_rng_state, write_text
 from .logs import RoutineFilter, console_handlers
-from .metrics import find_evaluation
+from .metrics import find_evaluation, format_metric
+
+
+def counts_iterations(runner: Runner) -> bool:
+    """Whether training is measured in iterations instead of epochs."""
+    return isinstance(runner.train_loop, IterBasedTrainLoop)
+
+
+def position_in_words(runner: Runner) -> str:
+    """How far training is: ``"epoch 3"`` or ``"iteration 4000"``."""
+    return f"iteration {runner.iter}" if counts_iterations(runner) else f"epoch {runner.epoch}"
+
+
+def finished(runner: Runner) -> bool:
+    """Whether the last iteration has been trained, or nothing is being trained."""
+    return runner.train_loop is None or runner.iter >= runner.max_iters
+
+
+def batch_images(batch: Any) -> Sequence:
+    """Images of a batch: ours, or those of mmseg and mmdet."""
+    if not isinstance(batch, dict):
+        return ()
+    return batch["image"] if "image" in batch else batch.get("inputs", ())
+
+
+def batch_files(batch: Any) -> list[str]:
+    """Files of the images of a batch, as far as the batch says."""
+    if not isinstance(batch, dict):
+        return []
+    samples = batch.get("data_samples") or ()
+    return list(batch.get("path") or [getattr(sample, "img_path", "?") for sample in samples])
 
 
 @HOOKS.register_module()
 class CheckpointHook(Hook):
     """Saves the run after epochs and, if asked, between iterations; and the best weights so far.
+
+    A run that counts iterations has no epochs: it is saved every `every_iterations` and after its last iteration.
 
     Files in the work dir: ``epoch_N.pth`` and ``iter_N.pth`` (everything a resume needs), ``best_METRIC.pth``
     (weights), ``last_checkpoint`` (name of the newest). An older file is deleted only once a newer one is complete.
@@ -67,11 +101,17 @@ class CheckpointHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         done = runner.iter + 1
         self._due = self._due or (self.every_iterations is not None and done % self.every_iterations == 0)
-        epoch_ends = batch_idx + 1 == len(runner.train_dataloader)
+        if counts_iterations(runner):
+            epoch_ends = False
+            self._due = self._due or done == runner.max_iters
+        else:
+            epoch_ends = batch_idx + 1 == len(runner.train_dataloader)
         if self._due and not epoch_ends and runner.optim_wrapper.at_boundary(done):
             self._save(runner, f"iter_{done}.pth")
 
     def after_train_epoch(self, runner: Runner) -> None:
+        if counts_iterations(runner):
+            return
         done = runner.epoch + 1
         self._due = self._due or done % self.every_epochs == 0 or done == runner.max_epochs
         if self._due and runner.optim_wrapper.at_boundary(runner.iter):
@@ -86,7 +126,7 @@ class CheckpointHook(Hook):
         record = runner.message_hub.get_info("best_value")
         if record is None or (value > record if self.greater else value < record):
             runner.message_hub.update_info("best_value", value)
-            runner.message_hub.update_info("best_epoch", runner.epoch)
+            runner.message_hub.update_info("best_at", position_in_words(runner))
             meta = {"metric": self.best, "value": value}
             name = f"best_{self.best.replace('/', '_')}.pth"
             runner.save_checkpoint(runner.work_dir, name, save_optimizer=False, save_param_scheduler=False, meta=meta)
@@ -94,8 +134,8 @@ class CheckpointHook(Hook):
     def after_train(self, runner: Runner) -> None:
         value = runner.message_hub.get_info("best_value")
         if value is not None:
-            epoch = runner.message_hub.get_info("best_epoch")
-            runner.logger.info(f"Best {self.best}: {value:.2f} in epoch {epoch}")
+            where = runner.message_hub.get_info("best_at")
+            runner.logger.info(f"Best {self.best}: {format_metric(value)} after {where}")
 
     def _save(self, runner: Runner, name: str) -> None:
         self._due = False
@@ -113,17 +153,22 @@ class CheckpointHook(Hook):
 class RecordHook(Hook):
     """Keeps loss, learning rate and accuracy of the whole run, across resumes; writes history.json and curves.png.
 
-    The loss is the mean over all processes.
+    Loss and accuracy are means over all processes.
 
     Args:
         seconds: least time between two drawings of curves.png; the last one is always drawn.
+        metric: validation metric in curves.png.
+        accuracy: output of the model's training step that is drawn with it and recorded as ``train_top1`` (for
+            ``"top1"``) or ``train_accuracy``; left out where the model does not give it.
     """
 
     priority = "BELOW_NORMAL"
     COLUMNS = ("epoch", "loss", "lr", "top1")
 
-    def __init__(self, seconds: float = 60.0) -> None:
+    def __init__(self, seconds: float = 60.0, metric: str = "top1", accuracy: str = "top1") -> None:
         self.seconds = seconds
+        self.metric = metric
+        self.accuracy = accuracy
         self.iterations: list[tuple[float, ...]] = []
         self.validation: list[dict[str, float]] = []
         self._drawn = time.monotonic()
@@ -131,7 +176,9 @@ class RecordHook(Hook):
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         rates = runner.optim_wrapper.get_lr()
         lr = rates.get("base_lr", rates["lr"])[0]
-        values = torch.stack([outputs["loss"].detach().float(), _scalar_like(outputs)])
+        found = outputs["loss"].detach().float()
+        accuracy = outputs[self.accuracy].detach().float().mean() if self.accuracy in outputs else found * math.nan
+        values = torch.stack([found, accuracy])
         all_reduce(values, "mean")
         loss, top1 = values.tolist()
         self.iterations.append(((runner.iter + 1) / len(runner.train_dataloader), loss, lr, top1))
@@ -139,8 +186,9 @@ class RecordHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if runner.train_loop is None or not self.iterations:
             return
-        numbers = {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
-        self.validation.append({"epoch": runner.epoch, **numbers})
+        numbers = {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, Real)}
+        epoch = runner.iter / len(runner.train_dataloader)
+        self.validation.append({"epoch": round(epoch) if epoch.is_integer() else epoch, **numbers})
         self._write(runner, draw=time.monotonic() - self._drawn > self.seconds)
 
     def after_train(self, runner: Runner) -> None:
@@ -159,19 +207,19 @@ class RecordHook(Hook):
         """The record as arrays."""
         table = np.asarray(self.iterations, dtype=np.float64).reshape(-1, len(self.COLUMNS))
         epochs, loss, lr, top1 = table.T
-        return figures.Curves(epochs, loss, lr, top1, self.validation)
+        return figures.Curves(epochs, loss, lr, top1, self.validation, self.metric)
 
     def epochs(self) -> list[dict[str, float]]:
         """One row per epoch: means of the training iterations, then the metrics of its validation."""
         table = np.asarray(self.iterations, dtype=np.float64).reshape(-1, len(self.COLUMNS))
         number = np.ceil(table[:, 0] - 1e-9).astype(int)
-        validation = {row["epoch"]: row for row in self.validation}
+        validation = {math.ceil(row["epoch"]): row for row in self.validation}
         rows = []
         for epoch in np.unique(number).tolist():
             _, loss, lr, top1 = table[number == epoch].T
             row = {"epoch": epoch, "train_loss": loss.mean(), "lr": lr[-1]}
             if np.isfinite(top1).all():
-                row["train_top1"] = top1.mean()
+                row["train_top1" if self.accuracy == "top1" else "train_accuracy"] = top1.mean()
             metrics = {f"val_{key}": value for key, value in validation.get(epoch, {}).items() if key != "epoch"}
             rows.append({key: value if key == "epoch" else float(value) for key, value in {**row, **metrics}.items()})
         return rows
@@ -184,11 +232,6 @@ class RecordHook(Hook):
         if draw:
             figures.draw_curves(self.curves(), folder / "curves.png", folder.name)
             self._drawn = time.monotonic()
-
-
-def _scalar_like(outputs: dict[str, Tensor]) -> Tensor:
-    loss = outputs["loss"].detach().float()
-    return outputs["top1"].detach().float() if "top1" in outputs else torch.full_like(loss, float("nan"))
 
 
 @HOOKS.register_module()
@@ -207,10 +250,8 @@ class PicturesHook(Hook):
         self.count = count
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        training = runner.train_loop is not None
-        last = not training or runner.epoch >= runner.max_epochs
-        if last or (self.every_epochs is not None and runner.epoch % self.every_epochs == 0):
-            self.draw(runner.val_evaluator, Path(runner.work_dir), f"Validation after epoch {runner.epoch}")
+        if finished(runner) or (self.every_epochs is not None and runner.epoch % self.every_epochs == 0):
+            self.draw(runner.val_evaluator, Path(runner.work_dir), f"Validation after {position_in_words(runner)}")
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         self.draw(runner.test_evaluator, Path(runner.work_dir), "Test")
@@ -285,11 +326,10 @@ class ProgressHook(Hook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._times.clear()
-        self._describe(f"epoch {runner.epoch + 1}/{runner.max_epochs}")
+        self._describe_training(runner)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        images = data_batch.get("image", data_batch.get("inputs", ()))  # ours, or those of mmseg and mmdet
-        self._times.append((time.perf_counter(), len(images) * runner.world_size))
+        self._times.append((time.perf_counter(), len(batch_images(data_batch)) * runner.world_size))
         seen = sum(count for _, count in list(self._times)[1:])
         seconds = self._times[-1][0] - self._times[0][0]
         if not seen:
@@ -303,10 +343,19 @@ class ProgressHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         self._describe("validating")
 
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._times.clear()
+        self._describe_training(runner)
+
     def end_display(self, runner: Runner) -> None:
         """Take the bar down; the runner calls this at the end of training and when a run breaks off."""
         if self.progress is not None:
             self.progress.stop()
+
+    def _describe_training(self, runner: Runner) -> None:
+        if runner.train_loop is not None:
+            epoch = f"epoch {min(runner.epoch + 1, runner.max_epochs)}/{runner.max_epochs}"
+            self._describe("training" if counts_iterations(runner) else epoch)
 
     def _describe(self, text: str) -> None:
         if self.progress is not None:
@@ -345,7 +394,7 @@ class NonFiniteHook(Hook):
             set_rng_state(self._rng)
             cause = find_non_finite(model, self._batch, lambda: wrapper.optim_context(model))
         rates = wrapper.get_lr()
-        files = ", ".join(self._batch.get("path", [])[:3]) if isinstance(self._batch, dict) else ""
+        files = ", ".join(batch_files(self._batch)[:3])
         raise NonFiniteError(
             f"the {what} became {float(value)} in iteration {runner.iter + 1} (epoch {runner.epoch + 1}): {cause}\n"
             f"Precision {wrapper.precision}, lr {rates.get('base_lr', rates['lr'])[0]:.3g}; first images of the batch: "
@@ -413,7 +462,7 @@ def find_non_finite(model: Any, data: dict, context: Callable[[], AbstractContex
     try:
         with context():
             batch = model.data_preprocessor(data, True)
-            for image, path in zip(batch.get("image", []), batch.get("path", []), strict=True):
+            for image, path in zip(batch_images(batch), batch_files(batch), strict=True):
                 if not _finite(image):
                     return f"the image {path} is not finite after its transform"
             losses = model(**batch, mode="loss")

@@ -23,6 +23,11 @@ class Prediction(NamedTuple):
     loss: float
 
 
+def format_metric(value: float) -> str:
+    """A metric for reading: two digits for percentages, four for shares."""
+    return f"{value:.2f}" if abs(value) > 1 else f"{value:.4f}"
+
+
 @dataclass
 class Evaluation:
     """Result of one evaluation.

@@ -15,13 +15,15 @@ import numpy as np
 import timm
 import torch
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.utils import apply_to
 from torch import nn
+from torch.utils.data import DataLoader
 
 from vision_ssm.data import check_same_classes
 from vision_ssm.layers import synchronize_batch_norms
+from vision_ssm.registry import SCOPE
 from vision_ssm.weights import CheckpointError
 
 from . import logs
@@ -40,7 +42,7 @@ from .checkpoint import (
 )
 from .distillation import Distillation
 from .graphs import GraphedCall, check_graphs
-from .loops import EpochTrainLoop
+from .loops import EpochTrainLoop, ExactLoop, IterTrainLoop, batch_size
 
 RAW_WEIGHTS = "unaveraged_state_dict"
 """Where a checkpoint keeps the weights as trained, when ``state_dict`` holds their moving average."""
@@ -129,6 +131,7 @@ class Runner(mmengine.runner.Runner):
             keywords.setdefault("find_unused_parameters", self.cfg.get("find_unused_parameters", False))
             keywords["device_ids"] = None
             model_wrapper_cfg = keywords
+            model = revert_sync_batchnorm(model)
         sync_bn = self.cfg.get("sync_bn")
         if not self.distributed or sync_bn is None:
             return super().wrap_model(model_wrapper_cfg, model)
@@ -142,19 +145,39 @@ class Runner(mmengine.runner.Runner):
         finally:
             self.cfg.sync_bn = sync_bn
 
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """As in mmengine; data sets of other packages draw each sample's augmentation from its own seed."""
+        if isinstance(dataloader, dict) and isinstance(dataloader.get("dataset"), dict):
+            dataset = dataloader["dataset"]
+            if not str(dataset["type"]).startswith(f"{SCOPE}."):
+                dataloader = {**dataloader, "dataset": dict(type="vision_ssm.SeededDataset", dataset=dataset)}
+        return mmengine.runner.Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+
     def build_train_loop(self, loop: Any) -> Any:
-        """``dict(by_epoch=True, ...)`` is our `EpochTrainLoop`; everything else as in mmengine."""
-        if isinstance(loop, dict) and "type" not in loop and loop.get("by_epoch"):
-            keywords = {key: value for key, value in loop.items() if key != "by_epoch"}
-            return EpochTrainLoop(runner=self, dataloader=self._train_dataloader, **keywords)
-        return super().build_train_loop(loop)
+        """``dict(by_epoch=...)`` and mmengine's two loops by name are `EpochTrainLoop` or `IterTrainLoop`."""
+        if not isinstance(loop, dict):
+            return super().build_train_loop(loop)
+        keywords = dict(loop)
+        named = keywords.pop("type", None)
+        by_epoch = keywords.pop("by_epoch", True)
+        loops: dict[Any, type] = {
+            None: EpochTrainLoop if by_epoch else IterTrainLoop,
+            "EpochBasedTrainLoop": EpochTrainLoop,
+            "IterBasedTrainLoop": IterTrainLoop,
+        }
+        if named not in loops:
+            return super().build_train_loop(loop)
+        return loops[named](runner=self, dataloader=self._train_dataloader, **keywords)
 
     def scale_lr(self, optim_wrapper: OptimWrapper, auto_scale_lr: dict | None = None) -> None:
         """Linear rule: lr * (processes * batch size * accumulated iterations) / ``base_batch_size``."""
         if not auto_scale_lr or not auto_scale_lr.get("enable", False):
             return
         base = auto_scale_lr["base_batch_size"]
-        batch = self.world_size * self.train_dataloader.batch_size * optim_wrapper.accumulative_counts
+        batch = self.world_size * batch_size(self.train_dataloader) * optim_wrapper.accumulative_counts
         for group in optim_wrapper.param_groups:  # with more than one group, includes the one logged as base_lr
             group["lr"] *= batch / base
         self.logger.info(f"Learning rates are for batch {base}; with batch {batch} they are scaled by {batch / base:g}")
@@ -175,8 +198,11 @@ class Runner(mmengine.runner.Runner):
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without its distributed wrapper."""
-        return self.model.module if is_model_wrapper(self.model) else self.model
+        """The model without what distributes it or averages its predictions over augmentations."""
+        model = self.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        return model
 
     def save_checkpoint(
         self,
@@ -198,7 +224,7 @@ class Runner(mmengine.runner.Runner):
         generators = all_gather_object(rng_state()) if save_optimizer else []
         if not is_main_process():
             return
-        if isinstance(self.train_loop, EpochTrainLoop):
+        if isinstance(self.train_loop, ExactLoop):
             position = dict(self.train_loop.position)
         else:
             position = dict(epoch=self.epoch + by_epoch, iter=self.iter + (not by_epoch), batch=0, validation_due=False)
@@ -209,7 +235,7 @@ class Runner(mmengine.runner.Runner):
             "fingerprint": fingerprint(self.cfg),
             "seed": self.seed,
             "world_size": self.world_size,
-            "batch_size": self.train_dataloader.batch_size,
+            "batch_size": batch_size(self.train_dataloader),
             "experiment_name": self.experiment_name,
             "time": time.strftime("%Y-%m-%d %H:%M:%S"),
             "dataset_meta": dict(getattr(self.train_dataloader.dataset, "metainfo", None) or {}),
@@ -312,9 +338,10 @@ class Runner(mmengine.runner.Runner):
         rng = checkpoint["rng"][self.rank] if meta["world_size"] == self.world_size else None
         if not same_batches:
             seen = position["batch"] * meta["batch_size"] * meta["world_size"]
-            position["batch"] = seen // (self.train_dataloader.batch_size * self.world_size)
-            position["iter"] = position["epoch"] * len(self.train_dataloader) + position["batch"]
-        if isinstance(self.train_loop, EpochTrainLoop):
+            position["batch"] = seen // (batch_size(self.train_dataloader) * self.world_size)
+            if isinstance(self.train_loop, EpochTrainLoop):
+                position["iter"] = position["epoch"] * len(self.train_dataloader) + position["batch"]
+        if isinstance(self.train_loop, ExactLoop):
             self.train_loop.restore(position, rng)
         else:
             self.train_loop._epoch, self.train_loop._iter = position["epoch"], position["iter"]
@@ -367,7 +394,7 @@ class Runner(mmengine.runner.Runner):
                 distributed=self.distributed,
                 compiled=self.cfg.get("compile") not in (None, False),  # an empty dict compiles with the defaults
             )
-            graphed.batch_size = self.train_dataloader.batch_size
+            graphed.batch_size = batch_size(self.train_dataloader)
 
     def _prepare_teacher(self) -> None:
         """A model that learns from a teacher has it before anything is trained, or the run ends here."""
