@@ -123,11 +123,11 @@ class ParallelStage(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """maps: of the branches that there are already."""
-        maps = [*maps, *(conv(maps[-1]) for conv in self.downsample)]
-        maps = maps[len(maps) - len(self.blocks[0].branches) :]  # the first stage with branches replaces its input
+        grown = [*maps, *(conv(maps[-1]) for conv in self.downsample)]
+        grown = grown[len(grown) - len(self.blocks[0].branches) :]  # the first stage with branches replaces its input
         for block in self.blocks:
-            maps = block(maps)
-        return maps
+            grown = block(grown)
+        return grown
 
 
 class HRVMamba(Backbone):
@@ -182,7 +182,7 @@ class HRVMamba(Backbone):
         if maps not in ("branches", "sums"):
             raise ValueError(f"unknown maps {maps!r}.{suggest(str(maps), ('branches', 'sums'))}")
         self.maps, self.multiscale = maps, multiscale
-        options = dict(mlp_ratio=mlp_ratio, position_convs=position_convs, drop_convs=drop_convs)
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, position_convs=position_convs, drop_convs=drop_convs)
         spec = resolve_scan(scan, _SCAN)
         self.stem = ConvNormStem(self.in_chans, _STEM_WIDTH)
         wide = 4 * first_dim
