@@ -311,7 +311,7 @@ def _read_boxes(file: str, images: Sequence[Path]) -> dict[str, list]:
     if not isinstance(content, dict):
         raise UsageError(f"--boxes {file} should hold {{file: [[x, y, width, height], ...]}}, not a list")
     bare = {image.name: str(image) for image in images}
-    return {bare.get(name, name): rows for name, rows in content.items()}
+    return {bare.get(str(name), str(name)): rows for name, rows in content.items()}
 
 
 def _predict_poses(predictor: PosePredictor, files: Sequence[Path], args: argparse.Namespace) -> int:
