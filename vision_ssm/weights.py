@@ -22,6 +22,9 @@ from .registry import BACKBONES
 _CONTAINERS = ("model", "state_dict", "module")
 _EMA_CONTAINERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
+_BACKBONE = "backbone."
+_OTHER_PART = re.compile(r"(\w+_)?(heads?|neck|preprocessor)\.")
+"""Parts beside the backbone of a segmentation or detection model: decode_head, auxiliary_head, neck, roi_head, ..."""
 
 
 class CheckpointError(RuntimeError):
@@ -134,7 +137,8 @@ def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Te
     """The state dict inside a checkpoint, without the wrappers and prefixes that training adds.
 
     Looks into ``model``, ``state_dict`` and ``module``; where averaged weights (``model_ema`` and the like) lie beside
-    them, these are taken unless `ema` is False. Strips what data parallelism, compilation and wrappers prepend.
+    them, these are taken unless `ema` is False. Strips what data parallelism, compilation and wrappers prepend. A model
+    with parts beside its backbone keeps all names, see `split_parts`.
 
     Raises:
         CheckpointError: there is no state dict inside.
@@ -143,6 +147,7 @@ def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Te
     for _ in range(4):  # a container may hold a container
         if not isinstance(content, Mapping):
             break
+        content = _swap_back(content)
         order = _EMA_CONTAINERS + _CONTAINERS if ema else _CONTAINERS + _EMA_CONTAINERS
         inner = next(
             (content[name] for name in order if isinstance(content.get(name), Mapping) and content[name]), None
@@ -156,11 +161,41 @@ def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Te
         raise CheckpointError(f"{source} holds no state dict; found {held}")
     for _ in range(4):
         prefix = next((p for p in _PREFIXES if sum(key.startswith(p) for key in tensors) > len(tensors) // 2), None)
-        if prefix is None:
+        if prefix is None or split_parts(tensors)[1]:
             return tensors
-        # heads of another task stay under their own names and are reported
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def _swap_back(content: Mapping) -> Mapping:
+    """A checkpoint of mmengine's EMA hook with the two state dicts under their names, which the hook exchanges."""
+    raw, averaged = content.get("ema_state_dict"), content.get("state_dict")
+    if not isinstance(raw, Mapping) or "steps" not in raw or not isinstance(averaged, Mapping):
+        return content
+    return {"ema_state_dict": averaged, "state_dict": {key: value for key, value in raw.items() if key != "steps"}}
+
+
+def split_parts(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """The backbone of a segmentation or detection model without its prefix, and what else the model has.
+
+    Args:
+        tensors: a state dict. It is of such a model if some names begin with ``backbone.`` and others with the name of
+            a head, a neck or a preprocessor.
+
+    Returns:
+        The backbone's state dict, with names that belong to no part as they are, and the names of every other part by
+        that part. Of any other state dict, itself and nothing.
+    """
+    own: dict[str, torch.Tensor] = {}
+    parts: dict[str, list[str]] = {}
+    for key, value in tensors.items():
+        if _OTHER_PART.match(key):
+            parts.setdefault(key.split(".", 1)[0], []).append(key)
+        else:
+            own[key.removeprefix(_BACKBONE)] = value
+    if not parts or not any(key.startswith(_BACKBONE) for key in tensors):
+        return dict(tensors), {}
+    return own, parts
 
 
 def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -170,20 +205,25 @@ def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str
         owner = next((cls for cls in BACKBONES.module_dict.values() if cls.recognises(keys)), None)
         if owner is None:
             return f"this is no {model.family} checkpoint: its keys begin with {_preview(sorted(keys), 3)}"
-        names = [cls.family if owner.family != model.family else cls.__name__ for cls in (type(model), owner)]
+        names = [cls.family if owner.family != model.family else cls.__name__ for cls in (model.registered(), owner)]
         return f"this is no {names[0]} checkpoint: it looks like a {names[1]} checkpoint"
     ours = model.own_keys(dict(tensors))
     for name, settings in model.variants.items():
         if name == model.variant:
             continue
         with torch.device("meta"):
-            other = type(model)(**{**settings, "num_classes": _num_classes(model, ours)})
-        shapes = {key: tuple(value.shape) for key, value in other.state_dict().items()}
-        if shapes == {key: tuple(value.shape) for key, value in other.own_keys(dict(tensors)).items()}:
+            other = model.registered()(**{**settings, "num_classes": _num_classes(model, ours)})
+        # weights of a dense backbone have norms of their own behind the stages
+        body = ("stem.", "stages.") if any(key.startswith("out_norms.") for key in ours) else ""
+        if _shapes(other.state_dict(), body) == _shapes(other.own_keys(dict(tensors)), body):
             return f"the file fits {name}, not {model.variant or 'this model'}"
     return (
         "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
     )
+
+
+def _shapes(tensors: Mapping[str, torch.Tensor], prefixes: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefixes)}
 
 
 def _num_classes(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> int:
@@ -200,8 +240,9 @@ def load_state_dict(
 ) -> LoadReport:
     """Load an official state dict, or one of ours, into a backbone.
 
-    Left out by rule: the classifier where the model has none; later stages than a `features_only` model needs; output
-    norms that a classifier's weights do not have; with `reset_head`, a classifier of another size.
+    Left out by rule: heads and necks beside the backbone of a segmentation or detection model; the classifier where the
+    model has none; later stages, and output norms of other maps, than a `features_only` model needs; output norms and
+    a pyramid that a classifier's weights do not have; with `reset_head`, a classifier of another size.
 
     Args:
         model: the backbone, changed in place (not at all if this raises).
@@ -215,10 +256,13 @@ def load_state_dict(
         CheckpointError: another family's or variant's weights, or, if strict, any key left over.
     """
     wanted = model.state_dict()
+    tensors, parts = split_parts(tensors)
     if set(tensors) != set(wanted) and not model.recognises(set(tensors)):
         raise CheckpointError(f"{source} cannot be loaded: {_explain_misfit(model, tensors)}")
     given = model.own_keys(dict(tensors))
     report = LoadReport(source)
+    for part, keys in parts.items():
+        report.ignored[f"part of another model, {part}"] = keys
     accepted: dict[str, torch.Tensor] = {}
     for key, value in given.items():
         if key not in wanted:
@@ -247,6 +291,8 @@ def load_state_dict(
             continue
         if key.startswith("out_norms."):
             report.ignored.setdefault("output norms that a classifier's weights do not have", []).append(key)
+        elif key.startswith("pyramid.") and not any(name.startswith("pyramid.") for name in given):
+            report.ignored.setdefault("a pyramid that a classifier's weights do not have", []).append(key)
         elif reset_head and key.startswith("head."):
             report.ignored.setdefault("no classifier in the file, initialised anew", []).append(key)
         else:
@@ -275,6 +321,9 @@ def _rule_for_extra(model: Backbone, key: str) -> str | None:
     stage = re.match(r"stages\.(\d+)\.", key)
     if model.features_only and stage and int(stage[1]) >= len(model.stages):
         return "stage behind the last one asked for"
+    norm = re.match(r"out_norms\.(\d+)\.", key)
+    if model.features_only and norm and int(norm[1]) not in model.out_indices:
+        return "output norms of maps that are not asked for"
     return None
 
 

@@ -15,9 +15,11 @@ A config imports this module and names a family::
         ...
     )
 
-Importing it puts operators of torchvision in the place of mmcv's compiled ones where there are none (see `mmcv_ext`), and
-enters one class per family, and the necks of `necks`, into ``vision_ssm.registry.MODELS``. Neither mmseg nor mmdet has to
-be installed for that. `check_config` finds misspelt names and heads that do not fit before anything is built.
+Importing it puts operators of torchvision in the place of mmcv's compiled ones where there are none (see `mmcv_ext`),
+and enters one class per family, and the necks of `necks`, into ``vision_ssm.registry.MODELS``. Neither mmseg nor mmdet
+has to be installed for that. Detectors that are trained in bfloat16 should name ``vision_ssm.SingleRoIExtractor`` where
+mmdet's configs name theirs. `checks.check_config` finds misspelt names and heads that do not fit before anything is
+built.
 """
 
 import logging
@@ -97,7 +99,9 @@ def check_backbone(cls: type[Backbone], variant: Any, overrides: Mapping[str, An
     if variant not in family.variants:
         if variant in list_models():
             owner = find_family(variant).__name__
-            raise KeyError(f"{variant!r} is a variant of {owner}, not of {family.__name__}: type='{MODELS.scope}.{owner}'")
+            raise KeyError(
+                f"{variant!r} is a variant of {owner}, not of {family.__name__}: type='{MODELS.scope}.{owner}'"
+            )
         raise KeyError(f"unknown variant {variant!r} of {kind}.{suggest(variant, family.variants) or _known(family)}")
     reserved = sorted(_RESERVED & set(overrides))
     if reserved:
@@ -111,7 +115,7 @@ def _known(family: type[Backbone]) -> str:
 
 
 def _pretrained(init_cfg: Any) -> dict[str, Any] | None:
-    """The one thing an ``init_cfg`` may ask for, as keywords: ``checkpoint`` and perhaps ``ema``."""
+    """The one thing an ``init_cfg`` may ask for, as keywords; whether the file exists is not looked at."""
     if not init_cfg:
         return None
     entries = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg
@@ -138,14 +142,21 @@ def _pretrained(init_cfg: Any) -> dict[str, Any] | None:
     return settings
 
 
-def missing_weights(variant: str, checkpoint: str | os.PathLike) -> str | None:
-    """What to do about a checkpoint that is not there; None if it is."""
-    if os.path.isfile(checkpoint):
-        return None
+def check_weights(variant: str, init_cfg: Any) -> dict[str, Any] | None:
+    """The keywords of an ``init_cfg``, ``checkpoint`` and perhaps ``ema``; None if it asks for no weights.
+
+    Raises:
+        FileNotFoundError: there is no such file; says where it is published and how to start from scratch.
+        TypeError, ValueError: an ``init_cfg`` of another kind.
+    """
+    settings = _pretrained(init_cfg)
+    if settings is None or os.path.isfile(settings["checkpoint"]):
+        return settings
+    checkpoint = settings["checkpoint"]
     origin = find_family(variant).published.get(variant, {}).get("url")
     source = f"Download {origin}" if origin else f"No official weights of {variant} are published; train it"
     what = "is a link, not a file" if re.match(r"\w+://", str(checkpoint)) else "does not exist"
-    return (
+    raise FileNotFoundError(
         f"no pretrained weights for {variant}: {checkpoint} {what}. {source} and name the file in"
         f" model.backbone.init_cfg.checkpoint, or start from scratch: {FROM_SCRATCH}"
     )
@@ -188,10 +199,10 @@ class DenseBackbone(Backbone):
     ):
         check_backbone(type(self), variant, overrides)
         assert variant is not None
-        self_settings = dict(overrides, features_only=True, num_classes=0, out_indices=out_indices)
-        super().__init__(**self.variant_settings(variant, self_settings))
+        settings = dict(overrides, features_only=True, num_classes=0, out_indices=out_indices)
+        super().__init__(**self.variant_settings(variant, settings))
         self.take_name(variant)
-        self.pretrained = _pretrained(init_cfg)
+        _pretrained(init_cfg)
         self.init_cfg = init_cfg
         self.frozen_stages = self._check_frozen(frozen_stages)
         self.norm_eval = norm_eval
@@ -212,9 +223,8 @@ class DenseBackbone(Backbone):
         if self.frozen_stages < 0:
             return []
         stem = re.compile(self.group_matcher()["stem"])
-        return [part for name, part in self.named_children() if stem.match(name)] + list(
-            self.stages[: self.frozen_stages]
-        )
+        front = [part for name, part in self.named_children() if stem.match(name)]
+        return [*front, *self.stages[: self.frozen_stages]]
 
     def train(self, mode: bool = True) -> "DenseBackbone":
         """As `nn.Module.train`; frozen parts, and batch norms with `norm_eval`, stay in eval mode."""
@@ -231,22 +241,17 @@ class DenseBackbone(Backbone):
         """Load the weights that `init_cfg` names; everything else has its initial values since it was built.
 
         Raises:
-            FileNotFoundError: there is no such file; says where it is published and how to start from scratch.
-            CheckpointError: see `load_weights`.
+            FileNotFoundError: see `check_weights`. CheckpointError: see `load_weights`.
         """
         if self._is_init:
             print_log(
                 f"init_weights of {type(self).__name__} has been called more than once", "current", logging.WARNING
             )
             return
-        if self.pretrained is not None:
-            assert self.variant is not None
-            advice = missing_weights(self.variant, self.pretrained["checkpoint"])
-            if advice:
-                raise FileNotFoundError(advice)
-            report = load_weights(
-                self, self.pretrained["checkpoint"], ema=self.pretrained.get("ema"), verbose=False
-            )
+        assert self.variant is not None
+        settings = check_weights(self.variant, self.init_cfg)
+        if settings is not None:
+            report = load_weights(self, settings["checkpoint"], ema=settings.get("ema"), verbose=False)
             print_log(str(report), "current")
         self._is_init = True
 
@@ -262,6 +267,14 @@ def _register(family: type[Backbone]) -> type[Backbone]:
     cls = type(BaseModule)(family.__name__, bases, {"__doc__": doc, "__module__": __name__})
     MODELS.register_module(module=cls)
     return cls
+
+
+@MODELS.register_module(name="SingleRoIExtractor")
+def build_roi_extractor(**settings: Any) -> nn.Module:
+    """`roi_extractor.SingleRoIExtractor`, which needs mmdet, as ``type="vision_ssm.SingleRoIExtractor"``."""
+    from .roi_extractor import SingleRoIExtractor
+
+    return SingleRoIExtractor(**settings)
 
 
 globals().update({family.__name__: _register(family) for family in BACKBONES.module_dict.values()})

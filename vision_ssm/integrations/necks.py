@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..registry import MODELS
 
+MODELS.register_module(module=LayerNorm2d)  # for norm_cfg of heads, which ViTDet norms over the channels
 Maps = Sequence[torch.Tensor]
 
 
@@ -105,8 +106,7 @@ class EfficientViMFPN(BaseModule):
     pyramid. Finer levels come from the finest sum by a chain of transposed convolutions, coarser ones from the coarsest
     normed input by a chain of strided convolutions. Every level up to the coarsest input ends in a 3x3 convolution.
 
-    RetinaNet takes one finer and one coarser level (strides 8 to 128), Mask R-CNN two and one coarser, of which the
-    heads see strides 4 to 64 in five maps (``finer=2, coarser=0``).
+    RetinaNet takes one finer and one coarser level (strides 8 to 128), Mask R-CNN two finer ones (strides 4 to 64).
 
     Args:
         in_channels: channels of the backbone's maps, finest first.
@@ -133,8 +133,9 @@ class EfficientViMFPN(BaseModule):
         self.norms = nn.ModuleList(LayerNorm2d(dim) for dim in in_channels)
         self.laterals = nn.ModuleList(nn.Conv2d(dim, out_channels, 1) for dim in in_channels)
         self.outputs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
-        self.upsamples = nn.ModuleList(nn.ConvTranspose2d(out_channels, out_channels, 2, stride=2) for _ in range(finer))
-        self.finer_outputs = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in range(finer))
+        dim = out_channels
+        self.upsamples = nn.ModuleList(nn.ConvTranspose2d(dim, dim, 2, stride=2) for _ in range(finer))
+        self.finer_outputs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(finer))
         widths = [self.in_channels[-1], *[out_channels] * coarser]
         self.downsamples = nn.ModuleList(
             nn.Conv2d(width, out_channels, 3, stride=2, padding=1) for width in widths[:coarser]
