@@ -22,7 +22,7 @@ from vision_ssm.data import KeypointSet, TopDownTransform, UnreadableImageError,
 from vision_ssm.data.coco_keypoints import apply_matrix
 from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, suggest
-from vision_ssm.weights import CheckpointError, load_state_dict, load_weights, read_checkpoint, unwrap
+from vision_ssm.weights import CheckpointError, load_state_dict, load_weights, read_checkpoint, split_parts, unwrap
 
 from .config import UsageError
 from .pose_figures import draw_pose_grid
@@ -283,8 +283,7 @@ def load_pose_weights(model: TopDownPose, file: str | os.PathLike) -> str:
             for key in wrong[:4]
         )
         raise CheckpointError(f"the head of {file} is not that of this config's model: {listed}")
-    rest = {key: value for key, value in tensors.items() if not key.startswith(_HEAD)}
-    report = load_state_dict(model.backbone, rest, source=str(file))
+    report = load_state_dict(model.backbone, split_parts(tensors)[0], source=str(file))
     model.head.load_state_dict(head)
     return f"{report}\n  head: {len(head)} tensors loaded"
 
