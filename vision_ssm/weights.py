@@ -241,8 +241,8 @@ def load_state_dict(
     """Load an official state dict, or one of ours, into a backbone.
 
     Left out by rule: heads and necks beside the backbone of a segmentation or detection model; the classifier where the
-    model has none; later stages, and output norms of other maps, than a `features_only` model needs; output norms that
-    a classifier's weights do not have; with `reset_head`, a classifier of another size.
+    model has none; later stages, and output norms of other maps, than a `features_only` model needs; output norms and
+    a pyramid that a classifier's weights do not have; with `reset_head`, a classifier of another size.
 
     Args:
         model: the backbone, changed in place (not at all if this raises).
@@ -291,6 +291,8 @@ def load_state_dict(
             continue
         if key.startswith("out_norms."):
             report.ignored.setdefault("output norms that a classifier's weights do not have", []).append(key)
+        elif key.startswith("pyramid.") and not any(name.startswith("pyramid.") for name in given):
+            report.ignored.setdefault("a pyramid that a classifier's weights do not have", []).append(key)
         elif reset_head and key.startswith("head."):
             report.ignored.setdefault("no classifier in the file, initialised anew", []).append(key)
         else:

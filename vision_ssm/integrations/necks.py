@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..registry import MODELS
 
+MODELS.register_module(module=LayerNorm2d)  # for norm_cfg of heads, which ViTDet norms over the channels
 Maps = Sequence[torch.Tensor]
 
 

@@ -1,0 +1,15 @@
+# 12 epochs of AdamW for a batch of 16: a tenth of the rate from epoch 8 on, a hundredth from epoch 11 on. Norms and
+# positions are not decayed.
+optim_wrapper = dict(
+    type="vision_ssm.MixedPrecisionOptimWrapper",
+    paramwise_cfg=dict(custom_keys={key: dict(decay_mult=0.0) for key in ("norm", "pos_embed", "cls_token")}),
+    precision="fp32",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    accumulative_counts=1,
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, begin=0, end=1000, by_epoch=False),
+    dict(type="MultiStepLR", milestones=[8, 11], gamma=0.1, begin=0, end=12, by_epoch=True),
+]
+auto_scale_lr = dict(enable=True, base_batch_size=16)
+train_cfg = dict(by_epoch=True, max_epochs=12, val_interval=1)

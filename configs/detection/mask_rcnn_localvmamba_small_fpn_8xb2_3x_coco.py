@@ -1,0 +1,13 @@
+# Mask R-CNN with localvmamba_small on COCO, 36 epochs (arXiv 2403.09338); its code reports no figure.
+_base_ = [
+    "../_base_/detection_runtime.py", "../_base_/models/mask_rcnn_fpn.py",
+    "../_base_/datasets/coco_instance_ms3x.py", "../_base_/schedules/coco_3x_adamw.py",
+]
+model = dict(
+    backbone=dict(
+        type="vision_ssm.LocalVMamba", variant="localvmamba_small", drop_path_rate=0.2,
+        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/local_vssm_small.ckpt"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(precision="fp16")

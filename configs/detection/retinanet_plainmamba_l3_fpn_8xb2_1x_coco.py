@@ -1,0 +1,15 @@
+# RetinaNet with plainmamba_l3 on COCO, 12 epochs. The figures of arXiv 2403.17695 are not for this: they are with an
+# adapter beside the backbone, in whose place is a pyramid of transposed convolutions.
+_base_ = [
+    "../_base_/detection_runtime.py", "../_base_/models/retinanet_fpn.py",
+    "../_base_/datasets/coco_detection.py", "../_base_/schedules/coco_1x_adamw.py",
+]
+model = dict(
+    backbone=dict(
+        type="vision_ssm.PlainMamba", variant="plainmamba_l3", pyramid=True, drop_path_rate=0.3,
+        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/l3.pth"),
+    ),
+    neck=dict(in_channels=[448, 448, 448, 448]),
+)
+optim_wrapper = dict(constructor="vision_ssm.ParameterGroups", paramwise_cfg=dict(_delete_=True))
+find_unused_parameters = True  # the finest map

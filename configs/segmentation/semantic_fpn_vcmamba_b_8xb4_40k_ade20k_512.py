@@ -1,0 +1,15 @@
+# Semantic FPN with vcmamba_b on ADE20K: reported mIoU 47.1 % (arXiv 2509.04669).
+_base_ = [
+    "../_base_/segmentation_runtime.py", "../_base_/models/semantic_fpn.py",
+    "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_40k_adamw.py",
+]
+model = dict(
+    backbone=dict(
+        type="vision_ssm.VCMamba", variant="vcmamba_b", stem_act="gelu", img_size=512, out_norm=False,
+        drop_path_rate=0.2, init_cfg=dict(type="Pretrained", checkpoint="checkpoints/VCMamba-B.pth"),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+    test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
+)
+test_pipeline = {{_base_.aligned_test_pipeline}}
+val_dataloader = test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

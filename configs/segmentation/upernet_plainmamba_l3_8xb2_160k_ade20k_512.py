@@ -1,0 +1,15 @@
+# UPerNet with plainmamba_l3 on ADE20K: reported mIoU 49.1 % (arXiv 2403.17695). No decay of vectors, states and
+# directions.
+_base_ = [
+    "../_base_/segmentation_runtime.py", "../_base_/models/upernet.py",
+    "../_base_/datasets/ade20k_512.py", "../_base_/schedules/segmentation_160k_adamw.py",
+]
+model = dict(
+    backbone=dict(
+        type="vision_ssm.PlainMamba", variant="plainmamba_l3", drop_path_rate=0.3,
+        init_cfg=dict(type="Pretrained", checkpoint="checkpoints/l3.pth"),
+    ),
+    decode_head=dict(in_channels=[448, 448, 448, 448]), auxiliary_head=dict(in_channels=448, in_index=3),
+)
+train_dataloader = dict(batch_size=2)
+optim_wrapper = dict(constructor="vision_ssm.ParameterGroups", paramwise_cfg=dict(_delete_=True))
