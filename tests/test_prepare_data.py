@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from vision_ssm.data import ImageFolder, prepare
+from vision_ssm.data import ImageFolder, progress
 from vision_ssm.data.digits import digits_split, write_digits
 from vision_ssm.data.prepare import check_folder, main
 from vision_ssm.data.writing import PrepareError
@@ -221,7 +221,7 @@ def test_wrong_command_line(arguments, message, capsys):
 
 
 def test_blocks_of_a_long_check(digits, monkeypatch):
-    monkeypatch.setattr(prepare, "_BLOCK", 100)
+    monkeypatch.setattr(progress, "BLOCK", 100)
     assert check_folder(digits, ["val"])[0][0].modes == {"PNG L": 359}
 
 

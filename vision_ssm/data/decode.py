@@ -5,7 +5,7 @@ import struct
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 """File name endings taken for images, compared in lower case."""
@@ -78,14 +78,35 @@ def load_image(path: str | os.PathLike, channels: int = 3) -> Image.Image:
         raise UnreadableImageError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from error
 
 
-def read_header(path: str | os.PathLike) -> tuple[tuple[int, int], str, str]:
+def read_header(path: str | os.PathLike, upright: bool = False) -> tuple[tuple[int, int], str, str]:
     """((height, width) as stored, Pillow mode, format) of an image file, without decoding its pixels.
+
+    With `upright`, height and width are those after turning by the EXIF orientation, as `load_image` does.
 
     Raises:
         UnreadableImageError: The file is missing or no image.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            return (image.height, image.width), image.mode, image.format or "?"
+            size = image.height, image.width
+            if upright and "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+                size = size[::-1]
+            return size, image.mode, image.format or "?"
     except _DECODING_ERRORS as error:
         raise UnreadableImageError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from error
+
+
+def load_label_map(path: str | os.PathLike) -> np.ndarray:
+    """The numbers stored in an image file with one channel, (H, W) int64: grey levels, or indices of a palette.
+
+    Raises:
+        UnreadableImageError: The file is missing, cut off, damaged, no image, or has more than one channel.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file) as image:
+            values = np.asarray(image)
+    except _DECODING_ERRORS as error:
+        raise UnreadableImageError(f"cannot read image {os.fspath(path)!r}: {error or type(error).__name__}") from error
+    if values.ndim != 2 or values.dtype.kind == "f":
+        raise UnreadableImageError(f"image {os.fspath(path)!r} (mode {image.mode}) is not one whole number a pixel")
+    return values.astype(np.int64)

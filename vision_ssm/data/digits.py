@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from vision_ssm.data.decode import UnreadableImageError, load_image
-from vision_ssm.data.writing import PrepareError, progress_bar, replacing
+from vision_ssm.data.progress import progress_bar
+from vision_ssm.data.writing import PrepareError, replacing
 
 DIGITS_SEED = 0
 DIGITS_VAL_FRACTION = 0.2

@@ -103,7 +103,7 @@ def _limb(
 ) -> Part:
     """A rounded bar with slanted stripes; `hand` 1 or -1 says which way they wind."""
     middle = (start + end) / 2
-    window, dx, dy = canvas.window(*middle, float(np.hypot(*(end - start))) / 2 + half_width + 1)
+    window, dx, dy = canvas.window(middle, float(np.hypot(*(end - start))) / 2 + half_width + 1)
     distance, along, across = capsule(np.stack([dx, dy], -1), start - middle, end - middle, half_width)
     period = max(2.2 * half_width, 5.0)
     stripe = np.clip(0.5 + 1.5 * np.sin(2 * np.pi * (along + hand * across) / period), 0, 1)[..., None]
@@ -111,14 +111,14 @@ def _limb(
 
 
 def _disc(canvas: Canvas, centre: np.ndarray, radius: float, colour: np.ndarray) -> Part:
-    window, dx, dy = canvas.window(*centre, radius + 1)
+    window, dx, dy = canvas.window(centre, radius + 1)
     return Part(window, np.hypot(dx, dy) - radius, colour)
 
 
 def _torso(canvas: Canvas, corners: np.ndarray, rounding: float, colour: np.ndarray) -> Part:
     """A rounded quadrangle; `corners` (4, 2), clockwise on the screen."""
     middle = corners.mean(0)
-    window, dx, dy = canvas.window(*middle, float(np.hypot(*(corners - middle).T).max()) + rounding + 1)
+    window, dx, dy = canvas.window(middle, float(np.hypot(*(corners - middle).T).max()) + rounding + 1)
     edges = np.roll(corners, -1, 0) - corners
     normals = np.stack([edges[:, 1], -edges[:, 0]], -1) / np.hypot(*edges.T)[:, None]  # (4, 2), outward
     offsets = ((corners - middle) * normals).sum(-1)
@@ -127,19 +127,18 @@ def _torso(canvas: Canvas, corners: np.ndarray, rounding: float, colour: np.ndar
     return Part(window, distance, colour * shade[..., None])
 
 
-def figure(canvas: Canvas, x: float, y: float, height: float) -> Figure:
+def figure(canvas: Canvas, centre: np.ndarray, height: float) -> Figure:
     """A figure in a random pose with random colours.
 
     Args:
         canvas: The picture; nothing is painted yet.
-        x: Middle of the hips, pixels.
-        y: The same.
+        centre: Middle of the hips (x, y), pixels.
         height: From head to foot when it stands straight, pixels.
     """
     random = canvas.random
     facing = -1 if random.rand() < 0.3 else 1
     turn = _turn(random.uniform(-0.35, 0.35))
-    at = {name: np.array([x, y]) + height * (turn @ joint) for name, joint in _pose(random, facing).items()}
+    at = {name: centre + height * (turn @ joint) for name, joint in _pose(random, facing).items()}
     shirt = contrasting(random, canvas.ground)
     light, dark = np.full(3, 0.95), contrasting(random, canvas.ground, shirt, np.full(3, 0.95), least=0.6)
     skin = np.array([0.92, 0.74, 0.6]) * random.uniform(0.5, 1.05)
@@ -210,8 +209,8 @@ def _place_figure(canvas: Canvas, owner: int, smallest: float, largest: float) -
     height, width = canvas.shape
     for _ in range(_PLACES):
         size = canvas.random.uniform(smallest, largest) * canvas.unit
-        x, y = canvas.random.uniform(0.1 * width, 0.9 * width), canvas.random.uniform(0.35 * height, 0.75 * height)
-        person = figure(canvas, x, y, size)
+        centre = canvas.random.uniform((0.1, 0.35), (0.9, 0.75)) * (width, height)
+        person = figure(canvas, centre, size)
         if _inside(person.joints, canvas.shape).sum() >= 11 and canvas.fits(canvas.mask(person.parts), _LEAST_VISIBLE):
             canvas.paint(person.parts, owner)
             return person
@@ -239,7 +238,7 @@ def draw_figures(seed: int, split: int, index: int, shape: tuple[int, int], unit
         for _ in range(random.randint(0, 3)):
             centre = random.uniform(0, 1, 2) * (shape[1], shape[0])
             radius = random.uniform(0.06, largest) * unit
-            thing = [shape_part(canvas, str(random.choice(SHAPES)), *centre, radius)]
+            thing = [shape_part(canvas, str(random.choice(SHAPES)), centre, radius)]
             if random.rand() < 0.3:
                 thing = [wire_part(canvas)]
             if canvas.fits(canvas.mask(thing), _LEAST_VISIBLE):
@@ -249,8 +248,8 @@ def draw_figures(seed: int, split: int, index: int, shape: tuple[int, int], unit
     if has_crowd(index):
         centre = random.uniform(0.3, 0.7, 2) * (shape[1], shape[0])
         for _ in range(7):
-            x, y = centre + random.normal(0, 0.12 * unit, 2)
-            member = figure(canvas, x, y, random.uniform(0.16, 0.22) * unit)
+            place = centre + random.normal(0, 0.12 * unit, 2)
+            member = figure(canvas, place, random.uniform(0.16, 0.22) * unit)
             canvas.paint(member.parts, 1)
         people.append(None)
         crowd.append(True)

@@ -8,7 +8,7 @@ _TURNS = ((0, 1), (1, 0), (0, -1), (-1, 0))  # row and column steps: right, down
 
 
 def _loops(mask: np.ndarray) -> list[np.ndarray]:
-    """Outlines of the 4-connected regions, each (N, 2) corners (row, column): regions clockwise, holes the other way."""
+    """Outlines of the 4-connected regions, each (N, 2) row and column: regions clockwise, holes the other way."""
     padded = np.pad(mask, 1)
     # A directed edge has the mask on its right: along the top of a pixel to the right, down its right side, and so on.
     inside = padded[1:-1, 1:-1]
@@ -54,8 +54,8 @@ def mask_polygons(mask: np.ndarray) -> list[list[int]]:
         mask: (H, W) bool.
 
     Returns:
-        One flat list x0, y0, x1, y1, ... per piece, clockwise, on the corners of pixels: the pixel in row 0 and column 0
-        reaches from 0 to 1. Pieces that touch at a corner only are separate. Empty for an empty mask.
+        One flat list x0, y0, x1, y1, ... per piece, clockwise, on the corners of pixels: the first pixel of a row or
+        column reaches from 0 to 1. Pieces that touch at a corner only are separate. Empty for an empty mask.
     """
     loops = _loops(mask)
     hole = next((loop for loop in loops if _signed_area(loop) < 0), None)

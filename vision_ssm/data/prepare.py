@@ -6,7 +6,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from rich.table import Table
 from vision_ssm.data.decode import UnreadableImageError, load_image, read_header
 from vision_ssm.data.digits import DIGITS_SIZE, write_digits
 from vision_ssm.data.image_folder import SPLIT_NAMES, ImageFolder, check_same_classes
-from vision_ssm.data.writing import PrepareError, progress_bar
-
-_BLOCK = 1024
+from vision_ssm.data.progress import tracked_map
+from vision_ssm.data.writing import PrepareError
 
 
 @dataclass
@@ -60,21 +58,15 @@ def _check_split(dataset: ImageFolder, split: str, min_size: int, workers: int) 
             return str(error), None, ""
         return path, size, f"{kind} {mode}"
 
-    # Threads: Pillow decodes outside of the interpreter lock. Blocks: a queue of a million tasks would fill the memory.
-    with ThreadPoolExecutor(workers) as pool, progress_bar() as progress:
-        task = progress.add_task(f"checking {split or 'images'}", total=len(dataset))
-        for start in range(0, len(dataset), _BLOCK):
-            block = range(start, min(start + _BLOCK, len(dataset)))
-            for text, size, mode in pool.map(inspect, block):
-                progress.advance(task)
-                if size is None:
-                    report.unreadable.append(text)
-                    continue
-                report.modes[mode] += 1
-                if min(size) < min_size:
-                    report.too_small.append(f"{text!r} is {size[0]} x {size[1]}")
-                report.smallest = min(report.smallest or size, size, key=math.prod)
-                report.largest = max(report.largest or size, size, key=math.prod)
+    for text, size, mode in tracked_map(inspect, range(len(dataset)), workers, f"checking {split or 'images'}"):
+        if size is None:
+            report.unreadable.append(text)
+            continue
+        report.modes[mode] += 1
+        if min(size) < min_size:
+            report.too_small.append(f"{text!r} is {size[0]} x {size[1]}")
+        report.smallest = min(report.smallest or size, size, key=math.prod)
+        report.largest = max(report.largest or size, size, key=math.prod)
     return report
 
 

@@ -148,8 +148,9 @@ class Canvas:
         self._light = np.array([np.cos(angle), np.sin(angle)])
         self._areas: dict[int, int] = {}
 
-    def window(self, x: float, y: float, reach: float) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
-        """The part of the picture within `reach` pixels of a point, with each pixel's offset from it in x and y."""
+    def window(self, centre: np.ndarray, reach: float) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+        """The part of the picture within `reach` pixels of a point (x, y), with each pixel's offset from it."""
+        x, y = centre.tolist()
         height, width = self.shape
         top, bottom = (int(np.clip(np.floor(y + sign * reach + (sign > 0)), 0, height)) for sign in (-1, 1))
         left, right = (int(np.clip(np.floor(x + sign * reach + (sign > 0)), 0, width)) for sign in (-1, 1))
@@ -198,13 +199,13 @@ class Canvas:
         return np.rint(255 * np.clip(lit, 0, 1)).astype(np.uint8)
 
 
-def shape_part(canvas: Canvas, kind: str, x: float, y: float, radius: float, least: float = 0.4) -> Part:
-    """One shape of class `kind` with random colours, rotation and texture; `radius` in pixels."""
+def shape_part(canvas: Canvas, kind: str, centre: np.ndarray, radius: float) -> Part:
+    """One shape of class `kind` with random colours, rotation and texture; `centre` (x, y) and `radius` in pixels."""
     random = canvas.random
     turn = random.uniform(0, 2 * np.pi)
-    first = contrasting(random, canvas.ground, least=least)
-    second = contrasting(random, first, canvas.ground, least=least)
-    window, dx, dy = canvas.window(x, y, 1.15 * radius + 1)
+    first = contrasting(random, canvas.ground)
+    second = contrasting(random, first, canvas.ground)
+    window, dx, dy = canvas.window(centre, 1.15 * radius + 1)
     u = np.cos(turn) * dx + np.sin(turn) * dy
     v = np.cos(turn) * dy - np.sin(turn) * dx
     distance = radius * OUTLINES[kind](u / radius, v / radius)
@@ -220,9 +221,8 @@ def wire_part(canvas: Canvas) -> Part:
     random = canvas.random
     height, width = canvas.shape
     start, end = random.uniform(0, 1, (2, 2)) * (width - 1, height - 1)
-    window, dx, dy = canvas.window(width / 2, height / 2, max(height, width))
-    point = np.stack([dx + width / 2, dy + height / 2], -1)  # (H, W, 2)
-    distance, _, _ = capsule(point, start, end, random.uniform(0.008, 0.014) * canvas.unit)
+    window, x, y = canvas.window(np.zeros(2), max(height, width))
+    distance, _, _ = capsule(np.stack([x, y], -1), start, end, random.uniform(0.008, 0.014) * canvas.unit)
     return Part(window, distance, np.full(3, random.choice([0.08, 0.92])))
 
 
@@ -243,9 +243,8 @@ def _place_shape(canvas: Canvas, kind: str, owner: int) -> bool:
     height, width = canvas.shape
     for _ in range(_TRIES):
         radius = canvas.random.uniform(0.12, 0.26) * canvas.unit
-        x = canvas.random.uniform(0.4 * radius, width - 0.4 * radius)
-        y = canvas.random.uniform(0.4 * radius, height - 0.4 * radius)
-        parts = [shape_part(canvas, kind, x, y, radius)]
+        centre = canvas.random.uniform(0.4 * radius, np.array([width, height]) - 0.4 * radius)
+        parts = [shape_part(canvas, kind, centre, radius)]
         if canvas.fits(canvas.mask(parts)):
             canvas.paint(parts, owner)
             return True
@@ -257,8 +256,8 @@ def _place_crowd(canvas: Canvas, kind: str, owner: int) -> None:
     height, width = canvas.shape
     centre = canvas.random.uniform(0.3, 0.7, 2) * (width, height)
     for _ in range(12):
-        x, y = centre + canvas.random.normal(0, 0.11 * canvas.unit, 2)
-        part = shape_part(canvas, kind, x, y, canvas.random.uniform(0.05, 0.075) * canvas.unit)
+        place = centre + canvas.random.normal(0, 0.11 * canvas.unit, 2)
+        part = shape_part(canvas, kind, place, canvas.random.uniform(0.05, 0.075) * canvas.unit)
         canvas.paint([part], owner)
 
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from vision_ssm.data.figures import KEYPOINTS, PERSON, SKELETON, draw_figures
 from vision_ssm.data.masks import mask_box, mask_polygons, mask_runs
+from vision_ssm.data.progress import progress_bar
 from vision_ssm.data.scenes import SHAPES, UNLABELLED, Scene, draw_shapes
-from vision_ssm.data.writing import PrepareError, progress_bar, replacing
+from vision_ssm.data.writing import PrepareError, replacing
 from vision_ssm.registry import suggest
 
 CLASSES = ("ground", *SHAPES)
@@ -59,13 +60,13 @@ Made by:  {command}
 _SHAPES_CONTENT = """\
 Textured shapes on textured ground. They cover each other and are cut off by the border. A class has an outline and a
 family of texture of its own (cross: stripes, disc: dots, square: checker, triangle: chevrons, ring: one colour fading
-into another, star: blotches); colours, size, rotation and place are random. Thin wires belong to no class. Some pictures
-hold nothing, some a group of many small shapes of one class."""
+into another, star: blotches); colours, size, rotation and place are random. Thin wires belong to no class. Some
+pictures hold nothing, some a group of many small shapes of one class."""
 _FIGURES_CONTENT = """\
-Jointed figures with the 17 keypoints of COCO's people, before, behind and among shapes that belong to no class. Seen from
-the front a figure has a face; seen from behind it has hair. The stripes of left and right limbs wind by opposite hands.
-Visibility: 2 visible, 1 hidden by something else or by the figure itself, 0 outside of the picture. Far figures and groups
-have no keypoints."""
+Jointed figures with the 17 keypoints of COCO's people, before, behind and among shapes that belong to no class. Seen
+from the front a figure has a face; seen from behind it has hair. The stripes of left and right limbs wind by opposite
+hands. Visibility: 2 visible, 1 hidden by something else or by the figure itself, 0 outside of the picture. Far figures
+and groups have no keypoints."""
 
 
 class _Writer:

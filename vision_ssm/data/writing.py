@@ -1,4 +1,4 @@
-"""Writing a data folder as a whole or not at all, with a progress bar."""
+"""Writing a data folder as a whole or not at all."""
 
 import contextlib
 import errno
@@ -7,24 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 
 class PrepareError(Exception):
     """A data folder cannot be written or checked; the message says why and what to do."""
-
-
-def progress_bar() -> Progress:
-    """A bar on the error stream: description, done/total, time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 @contextlib.contextmanager
