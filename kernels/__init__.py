@@ -14,6 +14,7 @@ MODULES: dict[str, str] = {
     "layer_norm": "layer_norm",
     "depthwise_conv": "depthwise_conv",
     "state_fusion": "state_fusion",
+    "dcnv4": "dcnv4",
 }
 
 

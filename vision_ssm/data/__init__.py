@@ -1,5 +1,6 @@
-"""Data sets, transforms, samplers and collation for image classification."""
+"""Data sets, transforms, samplers and collation for image classification and pose estimation."""
 
+from vision_ssm.data.coco_keypoints import COCO_PERSON, CocoKeypoints, KeypointSet, TopDownTransform, collate_poses
 from vision_ssm.data.collate import collate
 from vision_ssm.data.decode import EXTENSIONS, UnreadableImageError, load_image, read_header, to_eight_bit
 from vision_ssm.data.image_folder import ImageFolder, check_same_classes
@@ -15,16 +16,21 @@ from vision_ssm.data.transforms import (
 )
 
 __all__ = [
+    "COCO_PERSON",
     "EXTENSIONS",
+    "CocoKeypoints",
     "Draw",
     "EpochSampler",
     "ImageFolder",
+    "KeypointSet",
     "RepeatedAugmentSampler",
     "SeededDataset",
+    "TopDownTransform",
     "UnreadableImageError",
     "build_transform",
     "check_same_classes",
     "collate",
+    "collate_poses",
     "eval_transform",
     "load_image",
     "plain_transform",

@@ -1,4 +1,4 @@
-"""Training and evaluation on mmengine: classifier, optimizer groups, exact resume, hooks, metrics."""
+"""Training and evaluation on mmengine: classifier, poses, optimizer groups, exact resume, hooks, metrics."""
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
@@ -17,17 +17,22 @@ from .hooks import (
 from .loops import EpochTrainLoop, IterTrainLoop
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
+from .pose import HeatmapHead, PosePredictor, TopDownPose, load_pose_weights
+from .pose_figures import draw_pose_grid, draw_poses
+from .pose_metrics import CocoKeypointMetric, PosePicturesHook, object_keypoint_similarity, oks_nms
 from .runner import Runner
 
 __all__ = [
     "CheckpointHook",
     "ClassificationMetric",
+    "CocoKeypointMetric",
     "DensePicturesHook",
     "DensePredictor",
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
     "GraphedCall",
+    "HeatmapHead",
     "ImageBatch",
     "ImageClassifier",
     "IterTrainLoop",
@@ -36,14 +41,22 @@ __all__ = [
     "NonFiniteHook",
     "ParameterGroups",
     "PicturesHook",
+    "PosePicturesHook",
+    "PosePredictor",
     "Prediction",
     "ProgressHook",
     "RecordHook",
     "Runner",
     "SampleDrawer",
+    "TopDownPose",
     "build_loss",
     "distillation_loss",
+    "draw_pose_grid",
+    "draw_poses",
     "find_non_finite",
+    "load_pose_weights",
+    "object_keypoint_similarity",
+    "oks_nms",
     "parameter_groups",
     "read_training",
     "write_checkpoint",

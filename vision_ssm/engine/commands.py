@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import json
 import os
 import sys
 import warnings
@@ -30,9 +31,11 @@ from .config import (
     use_test_time_augmentation,
 )
 from .dense import DensePredictor, SampleDrawer, dense_task, picture_of, save_pictures, summarise
+from .dense_checks import check_dense
 from .hooks import NonFiniteError
 from .logs import ignore_harmless_warnings
 from .metrics import Evaluation, find_evaluation, format_metric
+from .pose import PosePredictor, TopDownPose, load_pose_weights
 from .predict import Predictor, image_files
 from .runner import Runner
 
@@ -116,6 +119,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     ignore_harmless_warnings()
     with _clear_errors(_BUILDING):
         cfg = prepare_training(args)
+        check_dense(cfg, ("train_dataloader", "val_dataloader"), training=True)
         runner = Runner.from_cfg(cfg)
         if not cfg.get("resume") and (Path(cfg.work_dir) / "last_checkpoint").exists():
             runner.logger.warning(
@@ -158,6 +162,7 @@ def test(argv: Sequence[str] | None = None) -> int:
         cfg = prepare(args, str(Path(args.checkpoint).parent / "test"))
         if cfg.get("test_dataloader") is None:
             raise UsageError(f"config {args.config} has no test_dataloader")
+        check_dense(cfg, ("test_dataloader",))
         for part in ("train", "val"):
             cfg[f"{part}_dataloader"] = cfg[f"{part}_cfg"] = None
         cfg.optim_wrapper = cfg.param_scheduler = cfg.val_evaluator = None
@@ -175,6 +180,8 @@ def test(argv: Sequence[str] | None = None) -> int:
         model = runner.bare_model
         if isinstance(model, ImageClassifier):
             load_weights(model.backbone, args.checkpoint, verbose=False)
+        elif isinstance(model, TopDownPose):
+            load_pose_weights(model, args.checkpoint)
         else:
             runner.load_checkpoint(args.checkpoint)
         _ = runner.test_loop
@@ -227,6 +234,12 @@ def predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--top", type=int, default=5, help="classes per image (default 5)")
     parser.add_argument("--score", type=float, default=0.3, help="detection: least score shown (default %(default)s)")
     parser.add_argument(
+        "--boxes",
+        metavar="FILE.json",
+        help="pose estimation: the persons of each image, {file: [[x, y, width, height], ...]} (default: one, of its "
+        "size)",
+    )
+    parser.add_argument(
         "--out",
         default="predictions.png",
         metavar="FILE.png",
@@ -249,6 +262,11 @@ def predict(argv: Sequence[str] | None = None) -> int:
                 parser.error("expected CONFIG CHECKPOINT IMAGES, or --model NAME --weights FILE IMAGES")
             config, checkpoint, *inputs = args.inputs
             cfg = load_config(config)
+            if cfg.model.type == "vision_ssm.TopDownPose":
+                poses = PosePredictor.from_config(cfg, checkpoint, args.device)
+                return _predict_poses(poses, image_files(inputs), args)
+            if args.boxes:
+                raise UsageError(f"--boxes is for pose estimation; the model of this config is {cfg.model.type}")
             if dense_task(cfg) is not None:
                 return _predict_dense(DensePredictor(cfg, checkpoint, args.device), image_files(inputs), args)
             predictor = Predictor.from_config(cfg, checkpoint, args.device)
@@ -282,6 +300,37 @@ def _results(predict: Callable[[], dict]) -> dict:
     if not results:
         raise UsageError("none of the images could be read")
     return results
+
+
+def _read_boxes(file: str, images: Sequence[Path]) -> dict[str, list]:
+    """Boxes by image from a JSON file, whose names may be paths as given or bare file names."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--boxes {file} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--boxes {file} should hold {{file: [[x, y, width, height], ...]}}, not a list")
+    bare = {image.name: str(image) for image in images}
+    return {bare.get(str(name), str(name)): rows for name, rows in content.items()}
+
+
+def _predict_poses(predictor: PosePredictor, files: Sequence[Path], args: argparse.Namespace) -> int:
+    boxes = _read_boxes(args.boxes, files) if args.boxes else None
+    results = _results(lambda: predictor(files, boxes))
+    shown = dict(list(results.items())[:MOST_DRAWN])
+    predictor.draw(shown, args.out)
+    table = Table("image", "person", "mean score", "best keypoints")
+    names = predictor.keypoints.names
+    for file, persons in results.items():
+        for number, person in enumerate(persons, 1):
+            scores = person["scores"].tolist()
+            order = sorted(range(len(names)), key=lambda index: -scores[index])[: args.top]
+            best = ", ".join(f"{names[index]} {scores[index]:.2f}" for index in order)
+            table.add_row(file, str(number), f"{sum(scores) / len(scores):.3f}", best)
+    console = _console()
+    console.print(table)
+    console.print(f"Picture: {args.out}", soft_wrap=True)
+    return 0
 
 
 def _predict_dense(predictor: DensePredictor, files: Sequence[Path], args: argparse.Namespace) -> int:

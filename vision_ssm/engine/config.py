@@ -22,6 +22,8 @@ from .runner import Runner
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SELF_CHECKED = ("backbone", "loss", "mixup", "distillation", "transform", "paramwise_cfg")
 """Parts of a config whose builders reject unknown keywords themselves."""
+FREE = ("model.train_cfg", "model.test_cfg")
+"""Parts that models of mmseg and mmdet read as they like."""
 TOP_LEVEL = ("resume_anyway", "compile", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
 """Keys of a config that the Runner reads besides its constructor's keywords."""
 OWNERS = {"train_cfg": EpochBasedTrainLoop.__init__, "randomness": Runner.set_randomness}
@@ -93,7 +95,7 @@ def check_option(cfg: Config, key: str) -> None:
         if part in node:
             node = node[part]
             continue
-        if depth and parts[depth - 1] in SELF_CHECKED:
+        if depth and (parts[depth - 1] in SELF_CHECKED or where in FREE):
             return
         if depth == 0:
             allowed: set[str] | None = {*inspect.signature(Runner).parameters, *TOP_LEVEL} - {"cfg"}

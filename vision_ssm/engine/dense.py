@@ -1,5 +1,6 @@
 """Segmentation and detection models of mmseg and mmdet: predictions for image files, and pictures of them."""
 
+import copy
 import logging
 import warnings
 from collections.abc import Sequence
@@ -46,6 +47,9 @@ class _KeptPicture(BaseVisBackend):
     def experiment(self) -> "_KeptPicture":
         return self
 
+    def _init_env(self) -> None:
+        """Nothing to set up."""
+
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs: Any) -> None:
         self.picture = image
 
@@ -75,7 +79,10 @@ class SampleDrawer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a visualizer without a folder warns; this one writes nothing
             self.visualizer = _local_visualizer(task)(vis_backends=[self.kept], save_dir="")
-        self.visualizer.dataset_meta = dict(dataset_meta)
+        meta = dict(dataset_meta)
+        if isinstance(meta.get("palette"), (list, tuple)):
+            meta["palette"] = [tuple(colour) for colour in meta["palette"]]  # mmdet takes no lists
+        self.visualizer.dataset_meta = meta
 
     def __call__(self, image: np.ndarray, sample: Any, truth: bool = False) -> np.ndarray:
         """image: (H, W, 3) uint8 RGB; sample: a data sample. Returns the picture; with `truth`, truth left of it."""
@@ -119,7 +126,7 @@ class DensePredictor:
         state = read_training(checkpoint)
         # a name of its own, because other configs of this process may have another scope
         DefaultScope.get_instance(f"predict_{cfg.default_scope}", scope_name=cfg.default_scope)
-        options = cfg.model.to_dict()
+        options = copy.deepcopy(cfg.model)
         if isinstance(options.get("backbone"), dict):
             options["backbone"]["init_cfg"] = None  # every weight comes from the checkpoint
         self.model = MODELS.build(options)

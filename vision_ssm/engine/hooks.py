@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from numbers import Real
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -185,7 +186,7 @@ class RecordHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if runner.train_loop is None or not self.iterations:
             return
-        numbers = {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, (int, float))}
+        numbers = {key: float(value) for key, value in (metrics or {}).items() if isinstance(value, Real)}
         epoch = runner.iter / len(runner.train_dataloader)
         self.validation.append({"epoch": round(epoch) if epoch.is_integer() else epoch, **numbers})
         self._write(runner, draw=time.monotonic() - self._drawn > self.seconds)

@@ -23,6 +23,7 @@ HARMLESS = (
     r".*faster_coco_eval.*is not installed",
     r"`?reduce_zero_label`? will be deprecated",
     r".*avg_non_ignore",
+    r"__array__ implementation doesn't accept a copy keyword",
     r"The draw is False",
     r"The prefix is not set in metric class",
     r".*(FileClient|HardDiskBackend).* will be deprecated",

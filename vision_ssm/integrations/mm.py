@@ -17,7 +17,8 @@ A config imports this module and names a family::
 
 Importing it puts operators of torchvision in the place of mmcv's compiled ones where there are none (see `mmcv_ext`),
 and enters one class per family, and the necks of `necks`, into ``vision_ssm.registry.MODELS``. Neither mmseg nor mmdet
-has to be installed for that. `checks.check_config` finds misspelt names and heads that do not fit before anything is
+has to be installed for that. Detectors that are trained in bfloat16 should name ``vision_ssm.SingleRoIExtractor`` where
+mmdet's configs name theirs. `checks.check_config` finds misspelt names and heads that do not fit before anything is
 built.
 """
 
@@ -266,6 +267,14 @@ def _register(family: type[Backbone]) -> type[Backbone]:
     cls = type(BaseModule)(family.__name__, bases, {"__doc__": doc, "__module__": __name__})
     MODELS.register_module(module=cls)
     return cls
+
+
+@MODELS.register_module(name="SingleRoIExtractor")
+def build_roi_extractor(**settings: Any) -> nn.Module:
+    """`roi_extractor.SingleRoIExtractor`, which needs mmdet, as ``type="vision_ssm.SingleRoIExtractor"``."""
+    from .roi_extractor import SingleRoIExtractor
+
+    return SingleRoIExtractor(**settings)
 
 
 globals().update({family.__name__: _register(family) for family in BACKBONES.module_dict.values()})

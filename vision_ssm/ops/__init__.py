@@ -1,6 +1,7 @@
 """Differentiable operators, independent of the device: each with a reference twin that defines it."""
 
 from .backend import Backend, select_backend
+from .dcnv4 import dcnv4
 from .depthwise_conv import depthwise_conv
 from .hidden_state_mixer import hidden_state_mixer
 from .layer_norm import layer_norm
@@ -13,6 +14,7 @@ from .state_fusion import state_fusion
 
 __all__ = [
     "Backend",
+    "dcnv4",
     "depthwise_conv",
     "hidden_state_mixer",
     "layer_norm",

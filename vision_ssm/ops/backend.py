@@ -16,6 +16,7 @@ BACKENDS = ("triton", "chunked", "reference")
 MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer")  # a kernel of ours would not be faster than PyTorch's
 OPERATORS = (
     *("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "state_fusion", "local_selective_scan"),
+    "dcnv4",
     *MATRIX_PRODUCTS,
 )
 COMPOSED = {"local_selective_scan": "scan_2d"}  # operators that call another one, and have its implementations

@@ -114,3 +114,15 @@ def hidden_state_mixer_shapes(
 ) -> int:
     batch, length, dim = x
     return hidden_state_mixer_flops(batch, length, dim, dt[2], out_weight[1])
+
+
+def dcnv4_flops(elements: int, points: int) -> int:
+    """FLOPs for `elements` outputs: 4 cells around each of `points` points; their shares serve many channels and are
+    not counted."""
+    return elements * points * 4 * 2
+
+
+def dcnv4_shapes(value: _Shape, offset_mask: _Shape, groups: int, kernel_size: int, *options: Any) -> int:
+    batch, rows, columns, _ = offset_mask
+    remove_center = options[-1]
+    return dcnv4_flops(batch * rows * columns * value[3], kernel_size**2 - remove_center)

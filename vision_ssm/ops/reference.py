@@ -7,7 +7,8 @@ are slow. Every faster path is correct if and only if it gives these outputs and
 Sources: Gu and Dao, "Mamba" (arXiv 2312.00752) for the selective scan; Liu et al., "VMamba" (arXiv 2401.10166) for the
 scan along several routes of a map; "LBMamba" (arXiv 2506.15976) for the one that looks ahead in windows; Dao and Gu,
 "Transformers are SSMs" (arXiv 2405.21060) for SSD; Shi et al., "VSSD" (arXiv 2407.18559) for non-causal SSD; Lee et
-al., "EfficientViM" (arXiv 2411.15241) for the hidden state mixer.
+al., "EfficientViM" (arXiv 2411.15241) for the hidden state mixer; Xiong et al., "DCNv4" (arXiv 2401.06197) for the
+deformable convolution.
 """
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "dcnv4_reference",
     "hidden_state_mixer_reference",
     "local_selective_scan_reference",
     "noncausal_ssd_reference",
@@ -258,3 +260,44 @@ def hidden_state_mixer_reference(
     hidden = torch.stack(states, dim=1)
     y = torch.stack([(c[..., None] * hidden).sum(1) for c in C.unbind(1)], dim=1)
     return y, hidden
+
+
+def dcnv4_reference(
+    value: Tensor,
+    offset_mask: Tensor,
+    groups: int,
+    kernel_size: int = 3,
+    stride: int = 1,
+    padding: int = 1,
+    dilation: int = 1,
+    offset_scale: float = 1.0,
+    remove_center: bool = False,
+) -> Tensor:
+    """Point by point, corner by corner; see :func:`vision_ssm.ops.dcnv4` for the arguments."""
+    batch, height, width, dim = value.shape
+    work, device = _work_dtype(value), value.device
+    maps = value.to(work).unflatten(-1, (groups, dim // groups))
+    numbers = offset_mask.to(work)
+    rows, columns = (stride * torch.arange(side, device=device, dtype=work) for side in offset_mask.shape[1:3])
+    taps = [(i, j) for i in range(kernel_size) for j in range(kernel_size)]
+    if remove_center:
+        taps.remove((kernel_size // 2, kernel_size // 2))
+    count, half = len(taps), dilation * (kernel_size - 1) // 2
+    images = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    y = maps.new_zeros(*offset_mask.shape[:3], groups, dim // groups)
+    for p, (i, j) in enumerate(taps):
+        dx, dy, weight = (  # (B, H', W', G) each
+            numbers[..., first : 3 * count * groups : 3 * count] for first in (2 * p, 2 * p + 1, 2 * count + p)
+        )
+        px = (half - padding + columns).view(-1, 1) - half * offset_scale + (i * dilation + dx) * offset_scale
+        py = (half - padding + rows).view(-1, 1, 1) - half * offset_scale + (j * dilation + dy) * offset_scale
+        inside = (py > -1) & (py < height) & (px > -1) & (px < width)
+        px, py = torch.where(inside, px, 0), torch.where(inside, py, 0)
+        top, left = py.detach().floor(), px.detach().floor()
+        for row, share_of_row in ((top, top + 1 - py), (top + 1, py - top)):
+            for column, share_of_column in ((left, left + 1 - px), (left + 1, px - left)):
+                within = inside & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+                cell = row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()
+                found = maps[images, *cell, torch.arange(groups, device=device)]  # (B, H', W', G, D / G)
+                y = y + torch.where(within, weight * share_of_row * share_of_column, 0)[..., None] * found
+    return y.flatten(-2).to(value.dtype)

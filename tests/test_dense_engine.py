@@ -1,0 +1,168 @@
+"""Segmentation and detection runs of the one train/test tool: exact resume, two processes, precision, pictures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from dense_support import BATCH, TRAIN, detection_config, segmentation_config, write_dense_pictures
+from engine_support import ROOT, differences, run_python, runs_are_exact
+from mmengine.config import Config
+from PIL import Image
+
+from vision_ssm.engine import Runner, commands, read_training
+
+EXACT = ("state_dict", "optimizer", "param_schedulers", "history", "rng")
+ITERATIONS = 6
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_dense_pictures(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def segmentation(pictures, tmp_path_factory) -> Path:
+    """Work dir of an unbroken run."""
+    work_dir = tmp_path_factory.mktemp("segmentation")
+    cfg = segmentation_config(pictures, work_dir, ITERATIONS)
+    cfg.default_hooks.checkpoint.every_iterations = 3
+    Runner.from_cfg(cfg).train()
+    cfg.dump(work_dir / "config.py")
+    return work_dir
+
+
+@pytest.fixture(scope="module")
+def detection(pictures, tmp_path_factory) -> Path:
+    """Work dir of an unbroken run."""
+    work_dir = tmp_path_factory.mktemp("detection")
+    cfg = detection_config(pictures, work_dir)
+    cfg.default_hooks.checkpoint.every_iterations = 2
+    Runner.from_cfg(cfg).train()
+    cfg.dump(work_dir / "config.py")
+    return work_dir
+
+
+def resumed(cfg: Config, checkpoint: Path) -> None:
+    shutil.copy(checkpoint, cfg.work_dir)
+    cfg.resume = True
+    Runner.from_cfg(cfg).train()
+
+
+@runs_are_exact
+@pytest.mark.parametrize("workers", [0, 2])
+def test_segmentation_resumes_exactly(workers, pictures, segmentation, tmp_path):
+    cfg = segmentation_config(pictures, tmp_path, ITERATIONS)
+    cfg.train_dataloader.num_workers = workers
+    resumed(cfg, segmentation / "iter_3.pth")
+    first, second = (read_training(folder / f"iter_{ITERATIONS}.pth") for folder in (segmentation, tmp_path))
+    for part in EXACT:
+        assert differences(second[part], first[part], part) == []
+    losses = first["history"]["iterations"][:, 1]
+    assert len(losses) == ITERATIONS and len(losses.unique()) == ITERATIONS
+    assert first["meta"]["validation_due"] and [row["epoch"] for row in first["history"]["validation"]] == [4 / 3]
+
+
+@runs_are_exact
+def test_segmentation_killed_before_its_validation_validates_first(pictures, segmentation, tmp_path):
+    cfg = segmentation_config(pictures, tmp_path, ITERATIONS)
+    resumed(cfg, segmentation / f"iter_{ITERATIONS}.pth")
+    assert (tmp_path / "predictions.png").is_file()
+    rows = json.loads((tmp_path / "history.json").read_text())
+    assert [sorted(key for key in row if key.endswith("mIoU")) for row in rows] == [[], ["val_mIoU"]]
+
+
+@runs_are_exact
+def test_detection_resumes_exactly(pictures, detection, tmp_path):
+    cfg = detection_config(pictures, tmp_path)
+    resumed(cfg, detection / "iter_2.pth")
+    first, second = (read_training(folder / "epoch_2.pth") for folder in (detection, tmp_path))
+    for part in EXACT:
+        assert differences(second[part], first[part], part) == []
+    assert len(first["history"]["iterations"]) == 2 * TRAIN // BATCH
+
+
+def test_a_run_that_counts_iterations_needs_an_endless_sampler(pictures, tmp_path):
+    cfg = segmentation_config(pictures, tmp_path, ITERATIONS)
+    cfg.train_dataloader.sampler.endless = False
+    with pytest.raises(ValueError, match=r"ended after 3 of 6 iterations.*endless=True"):
+        Runner.from_cfg(cfg).train()
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_picture_of_a_run(kind, request):
+    """Truth beside prediction of every validation image, and curves."""
+    work_dir = request.getfixturevalue(kind)
+    assert all(Image.open(work_dir / name).size[0] > 500 for name in ("predictions.png", "curves.png"))
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_commands_test_and_predict(kind, pictures, request, tmp_path, capsys):
+    work_dir = request.getfixturevalue(kind)
+    checkpoint = work_dir / ("iter_6.pth" if kind == "segmentation" else "epoch_2.pth")
+    assert commands.test([str(work_dir / "config.py"), str(checkpoint), "--work-dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    rows = json.loads((work_dir / "history.json").read_text())
+    metric = "mIoU" if kind == "segmentation" else "coco/bbox_mAP"
+    assert f"{metric} " in shown and (tmp_path / "predictions.png").is_file() and f"val_{metric}" in rows[-1]
+
+    images = pictures / "images" / "validation"
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    common = [str(work_dir / "config.py"), str(checkpoint), str(images), str(tmp_path / "broken.jpg"), "--score", "0"]
+    assert commands.predict([*common, "--out", str(tmp_path / "drawn")]) == 0
+    captured = capsys.readouterr()
+    assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["000.png", "001.png", "002.png"]
+    assert Image.open(tmp_path / "drawn" / "000.png").size == Image.open(images / "000.jpg").size
+    assert "broken.jpg" in captured.err and "000.jpg" in captured.out
+    assert commands.predict([*common[:4], "--score", "0", "--out", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_multi_scale_flip_and_sliding_window(segmentation, tmp_path, capsys):
+    common = [str(segmentation / "config.py"), str(segmentation / "iter_6.pth"), "--work-dir", str(tmp_path)]
+    values = {}
+    slide = ["model.test_cfg.mode=slide", "model.test_cfg.crop_size=48,48", "model.test_cfg.stride=32,32"]
+    for name, flags in (("whole", []), ("slide", ["--cfg-options", *slide]), ("several", ["--tta"])):
+        assert commands.test([*common, *flags]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if "mIoU" in line and "│" in line)
+        values[name] = line
+    assert len(values) == 3
+
+
+def test_detection_without_a_tta_pipeline_says_so(detection, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        commands.test([str(detection / "config.py"), str(detection / "epoch_2.pth"), "--tta", "--work-dir", str(tmp_path)])
+    assert "this config lacks tta_model and tta_pipeline" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_bfloat16_on_a_cpu(kind, pictures, tmp_path):
+    build = segmentation_config if kind == "segmentation" else detection_config
+    cfg = build(pictures, tmp_path, 2 if kind == "segmentation" else 1)
+    cfg.optim_wrapper.precision = "bf16"
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    losses = [hook.iterations for hook in runner.hooks if hasattr(hook, "iterations")][0]
+    assert len(losses) >= 2 and all(torch.isfinite(torch.tensor(row[1])) for row in losses)
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_two_processes_train_and_test(kind, pictures, request, tmp_path):
+    """Through torchrun on CPUs, where SyncBN gives way to BN."""
+    build = segmentation_config if kind == "segmentation" else detection_config
+    cfg = build(pictures, tmp_path, 2 if kind == "segmentation" else 1)
+    cfg.dump(tmp_path / "config.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    trained = run_python(*launch, ROOT / "tools" / "train.py", tmp_path / "config.py", "--launcher", "pytorch")
+    assert trained.returncode == 0, trained.stderr[-4000:]
+    last = tmp_path / ("iter_2.pth" if kind == "segmentation" else "epoch_1.pth")
+    meta = read_training(last)["meta"]
+    assert (meta["world_size"], meta["iter"], meta["batch_size"]) == (2, 2, BATCH)
+    tested = run_python(
+        *launch, ROOT / "tools" / "test.py", tmp_path / "config.py", last, "--launcher", "pytorch",
+        "--work-dir", tmp_path / "test",
+    )  # fmt: skip
+    assert tested.returncode == 0, tested.stderr[-4000:]
+    metric = "mIoU" if kind == "segmentation" else "coco/bbox_mAP"
+    assert tested.stdout.count(f" {metric} ") == 1
