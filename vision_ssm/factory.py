@@ -48,7 +48,7 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
-    features_only: bool = False,
+    features_only: bool | None = None,
     out_indices: Sequence[int] | None = None,
     pretrained: str | os.PathLike | None = None,
     reset_head: bool = False,
@@ -59,7 +59,8 @@ def create_model(
     Args:
         name: one of `list_models()`.
         num_classes: outputs of the classifier; 0 for none.
-        features_only: build the dense backbone, which returns one (B, C, H', W') map per stage, finest first.
+        features_only: build the dense backbone, which returns one (B, C, H', W') map per stage, finest first. None: as
+            the variant is published, which is a classifier for nearly all.
         out_indices: stages of a `features_only` model; all by default.
         pretrained: file with official weights or weights of ours, for `load_weights`.
         reset_head: start the classifier anew if the file's has another number of classes; otherwise that is an error.
@@ -72,7 +73,9 @@ def create_model(
     """
     cls = find_family(name)
     check_overrides(name, overrides, cls.keywords())
-    settings = dict(overrides, num_classes=num_classes, features_only=features_only, out_indices=out_indices)
+    settings = dict(overrides, num_classes=num_classes, out_indices=out_indices)
+    if features_only is not None:
+        settings["features_only"] = features_only
     model = _entry_point(cls, name)(**settings)
     if pretrained is True:
         origin = cls.published.get(name, {}).get("url")

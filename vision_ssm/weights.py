@@ -324,7 +324,7 @@ def _rule_for_extra(model: Backbone, key: str) -> str | None:
     norm = re.match(r"out_norms\.(\d+)\.", key)
     if model.features_only and norm and int(norm[1]) not in model.out_indices:
         return "output norms of maps that are not asked for"
-    return None
+    return model.rule_for_extra(key)
 
 
 def load_weights(

@@ -36,10 +36,11 @@ def model_table() -> str:
         published = find_family(name).published.get(name, {})
         file = published.get("file", "download page")
         weights = f"[{file}]({published['url']})" if "url" in published else "none published"
-        top1 = f"{published['top1_reported']}" if published else "-"
-        side = model.pretrained_cfg["input_size"][-1]
-        macs = count_macs(partial(create_model, name), side)
-        rows.append((f"`{name}`", model.family, str(side), _size(parameters), _size(macs), top1, weights))
+        top1 = str(published.get("top1_reported", "-"))
+        height, width = model.pretrained_cfg["input_size"][1:]
+        side = str(height) if height == width else f"{height} x {width}"
+        macs = count_macs(partial(create_model, name), (height, width))
+        rows.append((f"`{name}`", model.family, side, _size(parameters), _size(macs), top1, weights))
     headings = (
         *("model", "family", "input size", "parameters", "MACs"),
         *("ImageNet top-1, reported by the paper", "official weights"),

@@ -298,7 +298,12 @@ class Backbone(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
 
     def finish(
-        self, dims: Sequence[int], reductions: Sequence[int], norm: str = "layer", norm_eps: float = 1e-5
+        self,
+        dims: Sequence[int],
+        reductions: Sequence[int],
+        norm: str = "layer",
+        norm_eps: float = 1e-5,
+        num_features: int | None = None,
     ) -> None:
         """Build what follows the stages and initialise all weights. To be called last in a family's constructor.
 
@@ -307,27 +312,43 @@ class Backbone(nn.Module):
             reductions: stride of each stage.
             norm: norm of the final map, and of each feature map of a `features_only` model.
             norm_eps: epsilon of these norms.
+            num_features: channels of the map in front of the classifier; None: of the last stage.
         """
         self.feature_info: list[dict[str, Any]] = [
             dict(num_chs=dim, reduction=reduction, module=f"stages.{i}")
             for i, (dim, reduction) in enumerate(zip(dims, reductions))
         ]
-        self.num_features = dims[-1]
+        self.num_features = dims[-1] if num_features is None else num_features
         self.out_indices = self._resolve_indices(self._requested_indices)
         self.out_norms = nn.ModuleDict()
         if self.features_only:
             self.norm, self.head = nn.Identity(), nn.Identity()
-            del self.stages[self.out_indices[-1] + 1 :]  # later stages would get no gradient
+            self.prune()
             if self._wants_out_norm:
                 self.out_norms.update({str(i): get_norm(norm, dims[i], norm_eps) for i in self.out_indices})
         else:
-            self.norm = get_norm(norm, dims[-1], norm_eps)
+            self.norm = get_norm(norm, self.num_features, norm_eps)
             self.head = self.build_head(self.num_classes) if self.num_classes else nn.Identity()
         self.apply(self._init_weights)
 
     def build_head(self, num_classes: int) -> nn.Module:
         """What turns the pooled vector, (B, num_features), into logits; a family may have more than a linear layer."""
         return nn.Linear(self.num_features, num_classes)
+
+    def prune(self) -> None:
+        """Take away what none of the maps of a `features_only` model depends on: it would get no gradient."""
+        del self.stages[self.out_indices[-1] + 1 :]
+
+    def built_maps(self) -> list[int]:
+        """Numbers of the maps that this model can return."""
+        return list(range(len(self.stages)))
+
+    def rule_for_extra(self, key: str) -> str | None:
+        """Why a tensor of a checkpoint that this model has no place for, under our name, may be left out; None if not.
+
+        For what `prune` of a family takes away besides stages.
+        """
+        return None
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -396,8 +417,8 @@ class Backbone(nn.Module):
         model was built for.
         """
         indices = self.out_indices if out_indices is None else self._resolve_indices(out_indices)
-        if indices[-1] >= len(self.stages):
-            raise ValueError(f"this model was built for out_indices={self.out_indices} and has no stage {indices[-1]}")
+        if missing := [i for i in indices if i not in self.built_maps()]:
+            raise ValueError(f"this model was built for out_indices={self.out_indices} and has no map {missing[-1]}")
         outputs = self.forward_stages(x, last=indices[-1])
         maps = [self.out_norms[str(i)](outputs[i]) if str(i) in self.out_norms else outputs[i] for i in indices]
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')

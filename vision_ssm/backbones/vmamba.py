@@ -194,7 +194,7 @@ _MIXER_KEY = re.compile(r"\.blocks\.\d+\.(op|self_attention|mixer)\.(core\.)?x_p
 # parts of a block that only families have which grew out of VMamba
 _RELATIVES_KEY = re.compile(
     r"(layers|stages)\.\d+\.blocks\.\d+\."
-    r"((op|self_attention)\.(multi_scan|conv2d_b1|se)|conv_branch|convFFN|conv_mlp|cpe1|conv1)\."
+    r"((op|self_attention)\.(multi_scan|conv2d_b1|se)|conv_branch|convFFN|conv_mlp|cpe1|conv1|branches)\."
 )
 
 # state dicts of the first version, before its layers were renamed

@@ -3,9 +3,11 @@
 from .activation import get_activation
 from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
 from .conv_ffn import ConvMlp
+from .deformable import DeformableConv2d
 from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
 from .gate import ChannelGate
 from .head import AttentionHead, DistilledHead, HiddenStateHead
+from .high_resolution import Bottleneck, ConvNorm, ConvNormStem, Fusion, SumNeck
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm, synchronize_batch_norms
 from .position import PositionTable, resample_position_table
@@ -16,16 +18,21 @@ from .watched import is_plain
 
 __all__ = [
     "AttentionHead",
+    "Bottleneck",
     "CausalConv1d",
     "ChannelGate",
     "ChannelLastBatchNorm",
     "ChannelLastConv2d",
     "ConvDownsample",
     "ConvMlp",
+    "ConvNorm",
+    "ConvNormStem",
     "ConvStem",
     "DeepConvStem",
+    "DeformableConv2d",
     "DepthwiseConv2d",
     "DistilledHead",
+    "Fusion",
     "HiddenStateHead",
     "InvertedDownsample",
     "LayerNorm",
@@ -36,6 +43,7 @@ __all__ = [
     "ResidualConvStem",
     "RotaryTable",
     "SimplePyramid",
+    "SumNeck",
     "add_norm",
     "build_mlp",
     "get_activation",

@@ -7,7 +7,7 @@ github.com/MzeroMiko/VMamba (MIT), classification/models/vmamba.py.
 import torch
 from torch import nn
 
-from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, get_activation, is_plain
+from ..layers import ChannelGate, DeformableConv2d, DepthwiseConv2d, LayerNorm, get_activation, is_plain
 from ..registry import SCANS, suggest
 from .core import S6Core, SSDCore, resolve_dt_rank
 from .routes import Routes, build_routes
@@ -50,6 +50,8 @@ class MultiDirectionScan(nn.Module):
         core: ``"s6"`` (Mamba) or ``"ssd"`` (Mamba-2).
         conv_kernel: odd size of the depthwise convolution; 1 or less leaves it out.
         conv_bias: whether that convolution has a bias.
+        deformable: a `DeformableConv2d` in its place, in as many groups as `dt_rank` says (HRVMamba's DSS2D).
+        offset_kernel: see `DeformableConv2d`.
         act: activation after the convolution, and of the gate.
         gate: multiply the normalised output by a second half of the input projection.
         gate_act: activate the gate.
@@ -72,6 +74,8 @@ class MultiDirectionScan(nn.Module):
         core: str = "s6",
         conv_kernel: int = 3,
         conv_bias: bool = True,
+        deformable: bool = False,
+        offset_kernel: int = 0,
         act: str = "silu",
         gate: bool = True,
         gate_act: bool = True,
@@ -96,12 +100,16 @@ class MultiDirectionScan(nn.Module):
             )
         self.gate = gate
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False)
-        self.conv = (
-            DepthwiseConv2d(inner, conv_kernel, bias=conv_bias, act=act) if conv_kernel > 1 else get_activation(act)
-        )
+        rank = resolve_dt_rank(dt_rank, dim)
+        if deformable:
+            self.conv: nn.Module = DeformableConv2d(inner, rank, conv_kernel, offset_kernel, act)
+        elif conv_kernel > 1:
+            self.conv = DepthwiseConv2d(inner, conv_kernel, bias=conv_bias, act=act)
+        else:
+            self.conv = get_activation(act)
         self.gate_act = get_activation(act if gate and gate_act else "identity")
         options = {} if init is None else {"init": init}
-        self.core = cores[core](inner, build_routes(routes), state_dim, resolve_dt_rank(dt_rank, dim), **options)
+        self.core = cores[core](inner, build_routes(routes), state_dim, rank, **options)
         self.out_norm = _OUT_NORMS[out_norm](inner)
         self.channel_gate = ChannelGate(inner, norm="none", act="relu", bias=False) if channel_gate else None
         self.out_act = get_activation("gelu" if out_act else "identity")
