@@ -28,6 +28,7 @@ from mmseg.structures import SegDataSample  # noqa: E402
 import vision_ssm  # noqa: E402
 from vision_ssm.engine import ParameterGroups  # noqa: E402
 from vision_ssm.engine.config import check_option  # noqa: E402
+from vision_ssm.integrations import packages  # noqa: E402
 from vision_ssm.integrations.checks import HeadMismatchError, check_config, check_heads  # noqa: E402
 from vision_ssm.integrations.necks import EfficientViMFPN, SimpleFPN  # noqa: E402
 from vision_ssm.registry import BACKBONES, MODELS  # noqa: E402
@@ -603,17 +604,17 @@ def test_pretrained_weights_are_looked_for_before_a_training():
 def test_packages_that_overwrite_each_other(monkeypatch):
     real = metadata.version
     versions = {"mmcv-lite": "2.1.0"}
-    monkeypatch.setattr(mm.metadata, "version", lambda name: versions.get(name) or real(name))
+    monkeypatch.setattr(packages.metadata, "version", lambda name: versions.get(name) or real(name))
     if "onedl-mmcv" in {d.metadata["Name"] for d in metadata.distributions()}:
-        with pytest.raises(mm.PackageConflictError) as caught:
-            mm.check_packages()
+        with pytest.raises(packages.PackageConflictError) as caught:
+            packages.check_packages()
         assert str(caught.value) == (
             f"onedl-mmcv {real('onedl-mmcv')} and mmcv-lite 2.1.0 are both installed and own the same folder, mmcv: files"
             " of one have overwritten those of the other. Remove all and install one again: pip uninstall -y onedl-mmcv"
             f" mmcv-lite && pip install --no-deps onedl-mmcv=={real('onedl-mmcv')}"
         )
     versions = {}
-    mm.check_packages()
+    packages.check_packages()
 
 
 @pytest.mark.parametrize("ours,theirs", [("onedl-mmengine", "mmengine"), ("onedl-mmsegmentation", "mmsegmentation"), ("onedl-mmdetection", "mmdet")])
@@ -623,9 +624,9 @@ def test_every_pair_of_packages(ours, theirs, monkeypatch):
             return "1.0"
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(mm.metadata, "version", version)
-    with pytest.raises(mm.PackageConflictError, match=f"{ours} 1.0 and {theirs} 1.0 are both installed"):
-        mm.check_packages()
+    monkeypatch.setattr(packages.metadata, "version", version)
+    with pytest.raises(packages.PackageConflictError, match=f"{ours} 1.0 and {theirs} 1.0 are both installed"):
+        packages.check_packages()
 
 
 @pytest.mark.parametrize("height,width", [(4, 6), (5, 3)])

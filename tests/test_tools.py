@@ -136,7 +136,7 @@ def test_list_models(capsys):
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_shows_examples(tool, capsys):
-    command = commands.list_models_command if tool == "list_models" else getattr(commands, tool)
+    command = {"list_models": commands.list_models_command, "predict": predict}.get(tool) or getattr(commands, tool)
     with pytest.raises(SystemExit) as stop:
         command(["--help"])
     assert stop.value.code == 0

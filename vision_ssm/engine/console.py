@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from vision_ssm.integrations.packages import PackageConflictError
 from vision_ssm.weights import CheckpointError
 
 from .config import UsageError
@@ -15,7 +16,7 @@ from .hooks import NonFiniteError
 
 PIPE_WIDTH = 240
 TRACEBACK = "VISION_SSM_TRACEBACK"
-EXPECTED = (UsageError, CheckpointError, NonFiniteError, FileNotFoundError)
+EXPECTED = (UsageError, CheckpointError, NonFiniteError, PackageConflictError, FileNotFoundError)
 # What is wrong with a config shows when it is built, as one of these.
 BUILDING = (*EXPECTED, ValueError, TypeError, KeyError, OSError)
 

@@ -48,8 +48,9 @@ def parameter_groups(
 
     A parameter is free of weight decay if it has at most one dimension, if ``no_weight_decay()`` of the model (or of
     its ``backbone``) names it, or if it matches one of the `no_decay` patterns; `decay` patterns win over the first
-    two, and `only_named` leaves the patterns alone. With `layer_decay` d, layer i of n counted from the stem learns with ``lr * d ** (n - 1 - i)``, where the
-    layers are those of ``group_matcher()``; what lies outside of the backbone belongs to the last layer.
+    two, and `only_named` leaves the patterns alone. With `layer_decay` d, layer i of n counted from the stem learns
+    with ``lr * d ** (n - 1 - i)``, where the layers are those of ``group_matcher()``; what lies outside of the backbone
+    belongs to the last layer.
 
     Args:
         model: any module; names and layers come from ``model.backbone`` when it follows the backbone contract.
