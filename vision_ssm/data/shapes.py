@@ -101,7 +101,8 @@ class _Writer:
     def save(self, array: np.ndarray, *path: str) -> None:
         file = self.folder.joinpath(*path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(file, **({"quality": 95} if file.suffix == ".jpg" else {}))
+        # Half the colour resolution, JPEG's default, would wash out the textures of small pictures.
+        Image.fromarray(array).save(file, **({"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {}))
 
 
 def semantic_map(scene: Scene) -> np.ndarray:
