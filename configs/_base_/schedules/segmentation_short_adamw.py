@@ -3,7 +3,7 @@ optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     constructor="vision_ssm.ParameterGroups",
     precision="fp32",
-    optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=4e-3, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     accumulative_counts=1,
 )
