@@ -517,9 +517,9 @@ def test_positions_are_not_decayed():
     assert settings["backbone.pos_embed.table"][1] == 0.0
 
 
-@pytest.mark.parametrize("method", ["upernet_plainmamba_l1_8xb2_160k_ade20k_512", "mask_rcnn_plainmamba_l1_fpn_8xb2_1x_coco"])
-def test_plainmamba_spares_vectors_states_and_directions(method):
-    settings = rates_and_decays(method)
+@pytest.mark.parametrize("name", ["upernet_plainmamba_l1_8xb2_160k_ade20k_512", "mask_rcnn_plainmamba_l1_fpn_8xb2_1x_coco"])
+def test_plainmamba_spares_vectors_states_and_directions(name):
+    settings = rates_and_decays(name)
     spared = ("bias", "norm", "pos_embed", "A_log", ".D", "direction_bias", "bn.weight", "bn.bias", "conv_norm.weight")
     for key, (_, decay) in settings.items():
         if key.startswith("backbone.") and (key.endswith(spared) or any(part in key for part in ("norm", "pos_embed"))):

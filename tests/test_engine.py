@@ -99,6 +99,14 @@ def test_weight_decay_follows_dimensions_model_and_patterns(classifier):
     assert found["backbone.head.weight"] == 0.0
 
 
+def test_only_named_parameters_are_spared_if_asked(classifier):
+    groups = parameter_groups(classifier, 1e-3, 0.05, no_decay=["*norm*"], only_named=True)
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.05]
+    for group in groups:
+        for name in group["param_names"]:
+            assert (group["weight_decay"] == 0.0) is ("norm" in name), name
+
+
 def test_layer_decay_is_that_of_the_group_matcher(classifier):
     backbone = classifier.backbone
     layers = group_parameters(backbone, backbone.group_matcher(coarse=False), reverse=True)

@@ -3,6 +3,7 @@
     python tools/benchmark.py model vmamba_tiny_s1l8 timm:convnext_tiny
     python tools/benchmark.py model vmamba_tiny_s1l8 timm:convnext_tiny --device cuda --batch 128 --amp bf16 --train
     python tools/benchmark.py op 'core_stage?' selective_scan_2 --dtype bf16 --backward --peers chunked mamba_ssm
+    python tools/benchmark.py config configs/segmentation/CONFIG.py --peers swin_tiny convnext_tiny --batch 16 --train
     python tools/benchmark.py sweep vmamba_tiny_s1l8 timm:swin_tiny_patch4_window7_224 --sizes 224 448 896 --plot s.png
 
 What is ours is compared with its reference operators first, and nothing is timed if it differs (exit code 1). Times are
@@ -32,6 +33,8 @@ from vision_ssm.analysis import (
     sweep_models,
     sweep_operators,
 )
+from vision_ssm.analysis.benchmark_dense import PEERS as DENSE_PEERS
+from vision_ssm.analysis.benchmark_dense import benchmark_config
 from vision_ssm.analysis.benchmark_ops import PEERS, find_peers
 from vision_ssm.analysis.benchmark_report import (
     Run,
@@ -43,6 +46,7 @@ from vision_ssm.analysis.benchmark_report import (
     sweep_table,
     write_json,
 )
+from vision_ssm.engine.config import UsageError, load_config
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -99,6 +103,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     op.add_argument("--dtype", choices=TYPES, default="bf16", help="type of the activations")
     op.add_argument("--batch", type=_positive, help="batch instead of the case's own")
     op.add_argument("--backward", action="store_true", help="also forward+backward, and backward alone")
+    config = commands.add_parser("config", help="whole segmentation and detection configs", parents=[common, network])
+    config.add_argument("config", help="config of mmseg or mmdet")
+    config.add_argument("--peers", nargs="*", choices=DENSE_PEERS, default=[], help="backbones under the same heads")
+    config.add_argument("--size", type=_positive, nargs="+", default=[512], help="side, or height and width, in pixels")
+    config.add_argument("--batch", type=_positive, default=1, help="images per step")
+    config.add_argument("--train", action="store_true", help="time training steps instead of inference")
+    config.add_argument("--profile", action="store_true", help="name the slowest kernel of each model")
     sweep = commands.add_parser("sweep", help="models or operators over image size", parents=[common, network, peers])
     sweep.add_argument("names", nargs="+", help="models of ours and timm:NAME, or operator cases of a stage")
     sweep.add_argument("--sizes", type=_positive, nargs="+", default=SIZES, help="sides of the square images in pixels")
@@ -108,7 +119,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     sweep.add_argument("--plot", metavar="FILE", help="draw the times over the sizes, as .png")
 
     arguments = parser.parse_args(argv)
-    if arguments.command == "model" and len(arguments.size) > 2:
+    if arguments.command in ("model", "config") and len(arguments.size) > 2:
         parser.error("--size takes one side, or height and width")
     if arguments.graph and arguments.device.type != "cuda":
         parser.error("--graph needs a CUDA device; add --device cuda")
@@ -154,6 +165,19 @@ def run_model(arguments: argparse.Namespace, run: Run) -> tuple[list[Any], Table
     settings = replace(_model_settings(arguments), size=size, batch=arguments.batch, profile=arguments.profile)
     groups = [[name] for name in arguments.names] if arguments.apart else [arguments.names]
     rows = [row for names in groups for row in benchmark_models(names, settings)]
+    run.remarks += _reasons((row.name, row.backend, row.reason) for row in rows)
+    return rows, model_table(rows)
+
+
+def run_config(arguments: argparse.Namespace, run: Run) -> tuple[list[Any], Table]:
+    size = (arguments.size[0], arguments.size[-1])
+    what = "training step (its losses, AdamW)" if arguments.train else "inference"
+    run.setting = (
+        f"{what} of {arguments.config}, batch {arguments.batch}, {size[0]} x {size[1]}, amp {arguments.amp}, "
+        f"{arguments.warmup} warm-up steps, {arguments.repeats} repeats in turns"
+    )
+    settings = replace(_model_settings(arguments), size=size, batch=arguments.batch, profile=arguments.profile)
+    rows = benchmark_config(load_config(arguments.config), settings, arguments.peers)
     run.remarks += _reasons((row.name, row.backend, row.reason) for row in rows)
     return rows, model_table(rows)
 
@@ -231,7 +255,7 @@ def _reasons(rows: Any) -> list[str]:
     return [f"Backend {backend} of {', '.join(names)}: {reason}." for (backend, reason), names in concerned.items()]
 
 
-COMMANDS = {"model": run_model, "op": run_op, "sweep": run_sweep}
+COMMANDS = {"model": run_model, "config": run_config, "op": run_op, "sweep": run_sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run.of("tools/benchmark.py", argv, "", arguments.device)
     try:
         rows, table = COMMANDS[arguments.command](arguments, run)
-    except (BenchmarkError, KeyError) as error:
+    except (BenchmarkError, UsageError, KeyError) as error:
         print(error.args[0], file=sys.stderr)
         return 1
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)

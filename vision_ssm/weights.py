@@ -186,7 +186,8 @@ def split_parts(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
         The backbone's state dict, with names that belong to no part as they are, and the names of every other part by
         that part. Of any other state dict, itself and nothing.
     """
-    own, parts = {}, {}
+    own: dict[str, torch.Tensor] = {}
+    parts: dict[str, list[str]] = {}
     for key, value in tensors.items():
         if _OTHER_PART.match(key):
             parts.setdefault(key.split(".", 1)[0], []).append(key)

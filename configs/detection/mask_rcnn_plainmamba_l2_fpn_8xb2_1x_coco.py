@@ -11,4 +11,4 @@ model = dict(
     ),
     neck=dict(in_channels=[384, 384, 384, 384]),
 )
-optim_wrapper = dict(constructor="vision_ssm.ParameterGroups", paramwise_cfg=dict(_delete_=True))
+optim_wrapper = dict(paramwise_cfg=dict(_delete_=True))

@@ -11,3 +11,4 @@ model = dict(
     decode_head=dict(in_channels=[384, 384, 384, 384]), auxiliary_head=dict(in_channels=384),
 )
 train_dataloader = dict(batch_size=2)
+optim_wrapper = dict(paramwise_cfg=dict(no_decay=["*norm*", "*pos_embed*"]))

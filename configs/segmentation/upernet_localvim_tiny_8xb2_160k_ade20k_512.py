@@ -12,3 +12,4 @@ model = dict(
     decode_head=dict(in_channels=[192, 192, 192, 192]), auxiliary_head=dict(in_channels=192),
 )
 train_dataloader = dict(batch_size=2)
+optim_wrapper = dict(paramwise_cfg=dict(no_decay=["*norm*", "*pos_embed*"]))

@@ -12,4 +12,4 @@ model = dict(
     decode_head=dict(in_channels=[448, 448, 448, 448]), auxiliary_head=dict(in_channels=448, in_index=3),
 )
 train_dataloader = dict(batch_size=2)
-optim_wrapper = dict(constructor="vision_ssm.ParameterGroups", paramwise_cfg=dict(_delete_=True))
+optim_wrapper = dict(paramwise_cfg=dict(_delete_=True))

@@ -10,5 +10,5 @@ model = dict(
     decode_head=dict(in_channels=[16, 32, 64, 128], channels=32, num_classes=7),
     auxiliary_head=dict(in_channels=64, channels=32, num_classes=7),
 )
-default_hooks = dict(checkpoint=dict(every_iterations=200))
+default_hooks = dict(checkpoint=dict(every_iterations=400))
 env_cfg = dict(cpu_threads=1)  # one core computes, the other prepares the images

@@ -131,7 +131,9 @@ def build_model(name: str, size: tuple[int, int] = (224, 224)) -> nn.Module:
 def check_model(
     name: str, model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None, gradients: bool = False
 ) -> None:
-    """Compare a model of ours with itself on the reference operators, on a small image.
+    """Compare a model of ours, its logits or its feature maps, with itself on the reference operators.
+
+    The image is small.
 
     Args:
         name: what messages call it.
@@ -149,10 +151,10 @@ def check_model(
     image = torch.randn(1, model.in_chans, *_CHECK_SIZE, device=device)
     with exact_float32():
         logits, have = _logits_and_gradients(twin, image, gradients)
-        half = None if amp is None else _inference(twin, image, amp)()
+        half = None if amp is None else _flat(_inference(twin, image, amp)())
         with use_backend("reference"):
             exact_logits, want = _logits_and_gradients(twin, image, gradients)
-            exact_half = None if amp is None else _inference(twin, image, amp)()
+            exact_half = None if amp is None else _flat(_inference(twin, image, amp)())
     _demand(name, "logits are", _distance(logits, exact_logits), _TOLERANCE)
     # what is small beside all other gradients is rounding of them
     floor = 1e-6 * max((gradient.norm() for gradient in want.values()), default=torch.zeros(()))
@@ -164,14 +166,22 @@ def check_model(
 
 
 def _logits_and_gradients(model: nn.Module, image: Tensor, gradients: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of a mean square of the logits; in float32."""
+    """Of a mean square of the logits, or of a random sum of maps, whose mean square their norm fixes; in float32."""
     with torch.autocast(image.device.type, enabled=False), torch.set_grad_enabled(gradients):
-        logits = model(image)
+        outputs = model(image)
+        logits = _flat(outputs)
         if not gradients:
             return logits, {}
         parameters = dict(model.named_parameters())
-        found = torch.autograd.grad(logits.square().mean(), list(parameters.values()), allow_unused=True)
+        generator = torch.Generator().manual_seed(0)
+        factors = logits if isinstance(outputs, Tensor) else torch.randn(logits.shape, generator=generator).to(logits)
+        found = torch.autograd.grad((factors * logits).mean(), list(parameters.values()), allow_unused=True)
     return logits.detach(), {key: gradient for key, gradient in zip(parameters, found) if gradient is not None}
+
+
+def _flat(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """Logits as they are; the values of several maps in one vector."""
+    return outputs if isinstance(outputs, Tensor) else torch.cat([output.flatten() for output in outputs])
 
 
 def _distance(have: Tensor, want: Tensor, floor: Tensor | float = 0.0) -> float:

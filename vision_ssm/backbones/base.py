@@ -217,6 +217,8 @@ class Backbone(nn.Module):
     classifier_parts: ClassVar[tuple[str, ...]] = ("norm.", "head.")
     """What a classifier has and a `features_only` model has not: the beginnings of the names of its parameters."""
 
+    variant: str | None
+    pretrained_cfg: dict[str, Any]
     stem: nn.Module
     stages: nn.ModuleList
     norm: nn.Module
@@ -288,9 +290,9 @@ class Backbone(nn.Module):
         self.in_chans = in_chans
         self.num_classes = 0 if features_only else num_classes
         self.features_only = features_only
-        self.variant: str | None = None
+        self.variant = None
         self.pos_embed: nn.Module | None = None
-        self.pretrained_cfg: dict[str, Any] = {}
+        self.pretrained_cfg = {}
         self._requested_indices = out_indices
         self._wants_out_norm = features_only and out_norm
         self.head_drop = nn.Dropout(drop_rate)

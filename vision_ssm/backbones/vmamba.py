@@ -190,7 +190,7 @@ class VMamba(Backbone):
         return options
 
 
-_MIXER_KEY = re.compile(r"\.(op|self_attention|mixer)\.(core\.)?x_proj_weight$")
+_MIXER_KEY = re.compile(r"\.blocks\.\d+\.(op|self_attention|mixer)\.(core\.)?x_proj_weight$")
 # parts of a block that only families have which grew out of VMamba
 _RELATIVES_KEY = re.compile(
     r"(layers|stages)\.\d+\.blocks\.\d+\."

@@ -19,7 +19,7 @@ from vision_ssm.data.dense_report import (
 )
 from vision_ssm.data.progress import tracked_map
 
-QUICK_HEADERS = 30_000
+QUICK_HEADERS = 10_000
 """Pairs whose sizes a quick check compares."""
 QUICK_MAPS = 64
 """Maps that a quick check decodes."""
@@ -85,7 +85,7 @@ def check_segmentation(
     sizes = []
     good: list[str] = []
     compared = tracked_map(compare, chosen, workers, f"{label}: images" if full else None)
-    for stem, (size, messages) in zip(chosen, compared):
+    for (size, messages), stem in zip(compared, chosen):
         for message in messages:
             report.problem(message)
         if size is not None:
@@ -95,7 +95,7 @@ def check_segmentation(
     report.note_sizes(sizes)
     maps = [map_dir / (stem + map_suffix) for stem in (good if full else spread(good, QUICK_MAPS))]
     labels = _Labels(report, num_classes, reduce_zero_label, ignore_index, classes)
-    for path, values in zip(maps, tracked_map(_count, maps, workers, f"{label}: maps" if full else None)):
+    for values, path in zip(tracked_map(_count, maps, workers, f"{label}: maps" if full else None), maps):
         labels.add(path, values)
     labels.finish(full)
     return report

@@ -102,7 +102,6 @@ def missing(path: Path, kind: str) -> str:
     names = sorted(entry.name for entry in os.scandir(present) if not entry.name.startswith("."))
     text = f"{kind} {str(path)!r} does not exist: there is no {tail.parts[0]!r} in {str(present)!r}"
     for folder in [*(present / name for name in names), present.parent, present.parent.parent]:
-        # Above the break, the same last part in another branch would be a coincidence: the first part must be there.
         if folder.is_dir() and (folder / tail).exists():
             return f"{text}, but there is {str(folder / tail)!r}: point the data root at {str(folder)!r}."
     if not names:

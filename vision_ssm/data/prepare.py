@@ -1,4 +1,4 @@
-"""Preparing and checking image folders: the commands of ``tools/prepare_data.py``."""
+"""Preparing and checking data sets: the commands of ``tools/prepare_data.py``."""
 
 import argparse
 import math
@@ -14,11 +14,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from vision_ssm.data.check_dense import DenseDataError, DenseReport, check_layout
 from vision_ssm.data.decode import UnreadableImageError, load_image, read_header
 from vision_ssm.data.digits import DIGITS_SIZE, write_digits
 from vision_ssm.data.image_folder import SPLIT_NAMES, ImageFolder, check_same_classes
 from vision_ssm.data.progress import tracked_map
+from vision_ssm.data.shapes import LAYOUTS, SHAPES_SIZE, SHAPES_TRAIN, SHAPES_VAL, write_shapes
 from vision_ssm.data.writing import PrepareError
+
+_CLASSES_SHOWN = 20
 
 
 @dataclass
@@ -145,9 +149,63 @@ def _digits_command(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _shapes_command(options: argparse.Namespace, console: Console) -> int:
+    written = write_shapes(
+        options.out, options.layout, train=options.train, val=options.val, size=options.size, seed=options.seed,
+        coco_names=options.coco_names,
+    )  # fmt: skip
+    state = "written to" if written else "already complete in"
+    counts = f"{options.train} train, {options.val} val images"
+    console.print(f"shapes {state} {options.out} ({options.layout}): {counts}", soft_wrap=True, highlight=False)
+    return 0
+
+
 def _check_command(options: argparse.Namespace, console: Console) -> int:
-    reports, problems = check_folder(options.root, options.split, options.min_size, options.workers)
-    console.print(_table(reports))
+    if options.layout is None:
+        if options.num_classes is not None:
+            raise PrepareError("--num-classes belongs to --layout ade20k or cityscapes")
+        reports, problems = check_folder(options.root, options.split, options.min_size, options.workers)
+        console.print(_table(reports))
+        _show_problems(options, console, problems, sum(report.images for report in reports))
+        return 1 if problems else 0
+    if options.min_size != 1:
+        raise PrepareError("--min-size is for folders of classes; it cannot be combined with --layout")
+    if options.num_classes is not None and options.layout not in ("ade20k", "cityscapes"):
+        raise PrepareError(f"--num-classes belongs to --layout ade20k or cityscapes, got --layout {options.layout}")
+    try:
+        found = check_layout(
+            options.root, options.layout, options.split, num_classes=options.num_classes, workers=options.workers
+        )
+    except DenseDataError as error:
+        raise PrepareError(str(error)) from error
+    console.print(_dense_table(found))
+    for report in found:
+        for warning in report.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+    problems = [problem for report in found for problem in report.problems]
+    _show_problems(options, console, problems, sum(report.images for report in found))
+    return 1 if problems else 0
+
+
+def _dense_table(reports: Sequence[DenseReport]) -> Table:
+    table = Table("", *(report.label for report in reports), box=SIMPLE)
+    table.add_row("images", *(str(report.images) for report in reports))
+    for fact in dict.fromkeys(fact for report in reports for fact in report.facts):
+        table.add_row(fact, *(report.facts.get(fact, "-") for report in reports))
+    # Half of ADE20K's classes would fill the screen: the most frequent ones, and how many more there are.
+    totals = Counter[str]()
+    for report in reports:
+        totals.update(report.counts)
+    names = [name for name, count in totals.most_common() if count]
+    for name in names[:_CLASSES_SHOWN]:
+        table.add_row(f"class {name}", *(str(report.counts.get(name, "-")) for report in reports))
+    if len(names) > _CLASSES_SHOWN:
+        table.add_row(f"{len(names) - _CLASSES_SHOWN} more classes")
+    return table
+
+
+def _show_problems(options: argparse.Namespace, console: Console, problems: Sequence[str], images: int) -> None:
+    """Print the first problems and their number, and write all to the file of ``--list``."""
     if options.list is not None:
         try:
             Path(options.list).write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
@@ -160,8 +218,7 @@ def _check_command(options: argparse.Namespace, console: Console) -> int:
     if problems:
         console.print(f"{len(problems)} problem{'s' * (len(problems) > 1)} found")
     else:
-        console.print(f"no problem found in {sum(report.images for report in reports)} images")
-    return 1 if problems else 0
+        console.print(f"no problem found in {images} images")
 
 
 def _positive(text: str) -> int:
@@ -175,10 +232,13 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="prepare_data.py",
-        description="Make or check image folders for classification (ImageNet layout: ROOT/SPLIT/CLASS/image).",
+        description="Make small data sets, and check data sets: for classification (ImageNet layout,\n"
+        "ROOT/SPLIT/CLASS/image) and for dense prediction (layouts of ADE20K, Cityscapes and COCO).",
         epilog="examples:\n"
         "  python tools/prepare_data.py digits data/digits\n"
-        "  python tools/prepare_data.py check data/imagenet --workers 16 --min-size 32",
+        "  python tools/prepare_data.py shapes data/shapes_ade20k --layout ade20k\n"
+        "  python tools/prepare_data.py check data/imagenet --workers 16 --min-size 32\n"
+        "  python tools/prepare_data.py check data/coco --layout coco",
         formatter_class=raw,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -202,18 +262,64 @@ def _parser() -> argparse.ArgumentParser:
     )
     digits.add_argument("--overwrite", action="store_true", help="replace digits of another size or an incomplete set")
     digits.set_defaults(run=_digits_command)
+    _add_shapes(commands)
+    _add_check(commands)
+    return parser
+
+
+def _add_shapes(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    shapes = commands.add_parser(
+        "shapes",
+        help="draw a small data set for segmentation, detection or pose estimation",
+        description="Draw textured shapes (or jointed figures) on textured ground, with exact masks, and write them\n"
+        "in the layout on disk of a real data set. OUT/README.txt says what the classes are.\n"
+        "Equal seeds give equal bytes.",
+        epilog="examples:\n"
+        "  python tools/prepare_data.py shapes data/shapes_ade20k --layout ade20k\n"
+        "  python tools/prepare_data.py shapes data/shapes_coco --layout coco --train 1000 --size 256\n"
+        "  python tools/prepare_data.py shapes data/coco_like --layout coco --coco-names   # for COCO's configs",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    shapes.add_argument("out", metavar="OUT", help="folder to create; one that holds something else is never touched")
+    shapes.add_argument("--layout", required=True, choices=LAYOUTS, help="what the data is to look like on disk")
+    shapes.add_argument(
+        "--train", type=_positive, default=SHAPES_TRAIN, help="training pictures (default %(default)s)"
+    )
+    shapes.add_argument("--val", type=_positive, default=SHAPES_VAL, help="validation pictures (default %(default)s)")
+    sizes = ", ".join(f"{size} for {layout}" for layout, size in SHAPES_SIZE.items())
+    shapes.add_argument(
+        "--size", type=_positive, help=f"long side in pixels (cityscapes: short side); default: {sizes}"
+    )
+    shapes.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
+    shapes.add_argument(
+        "--coco-names", action="store_true", help="layout coco: COCO's names of the categories, all 80 listed"
+    )
+    shapes.set_defaults(run=_shapes_command)
+
+
+def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     check = commands.add_parser(
         "check",
-        help="decode every image of a folder and report what is wrong",
+        help="read every file of a data set and report what is wrong",
         description="Decode every image below ROOT and report unreadable files, sizes, formats and images per class.\n"
-        "Exit code: 0 fine, 1 problems found, 2 not an image folder.",
+        "With --layout also what belongs to the images: label maps or COCO's annotations.\n"
+        "Exit code: 0 fine, 1 problems found, 2 not a data folder.",
         epilog="examples:\n"
         "  python tools/prepare_data.py check data/digits\n"
-        "  python tools/prepare_data.py check /data/imagenet --split train --workers 16 --list problems.txt",
-        formatter_class=raw,
+        "  python tools/prepare_data.py check /data/imagenet --split train --workers 16 --list problems.txt\n"
+        "  python tools/prepare_data.py check /data/ADEChallengeData2016 --layout ade20k\n"
+        "  python tools/prepare_data.py check data/shapes_ade20k --layout ade20k --num-classes 7",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("root", metavar="ROOT", help="data folder")
-    check.add_argument("--split", nargs="+", help="sub-folders to check (default: train, val, test, whichever exist)")
+    check.add_argument("--layout", choices=LAYOUTS, help="layout of ROOT (default: one folder per class)")
+    check.add_argument(
+        "--split", nargs="+",
+        help="parts to check (default: all of the layout; of a folder of classes train, val, test, whichever exist)",
+    )  # fmt: skip
+    check.add_argument(
+        "--num-classes", type=_positive, help="of label maps (default: 150 for ade20k, 19 for cityscapes)"
+    )
     check.add_argument("--min-size", type=_positive, default=1, help="report images with a side below this many pixels")
     check.add_argument(
         "--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads (default %(default)s)"
@@ -221,7 +327,6 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--show", type=int, default=20, help="problems to print (default %(default)s)")
     check.add_argument("--list", metavar="FILE", help="write all problems to this file, one a line")
     check.set_defaults(run=_check_command)
-    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -112,6 +112,19 @@ OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
+def _second_colour(kind: str, random: np.random.RandomState, first: np.ndarray, ground: np.ndarray) -> np.ndarray:
+    """The other colour of a shape's texture; what it is to the first belongs to the class, so that little is enough."""
+    if kind == "cross":
+        return np.full(3, 0.97)
+    if kind == "disc":
+        return np.full(3, 0.05)
+    if kind == "square":
+        return 0.45 * first
+    if kind == "star":
+        return 0.4 * first + 0.6
+    return contrasting(random, first, ground)
+
+
 def _pattern(kind: str, random: np.random.RandomState, u: np.ndarray, v: np.ndarray, period: float) -> np.ndarray:
     """How much of the second colour each pixel has, (h, w) from 0 to 1; `u`, `v` in pixels along the shape's axes."""
     u, v = u / period + random.rand(), v / period + random.rand()
@@ -204,7 +217,7 @@ def shape_part(canvas: Canvas, kind: str, centre: np.ndarray, radius: float) -> 
     random = canvas.random
     turn = random.uniform(0, 2 * np.pi)
     first = contrasting(random, canvas.ground)
-    second = contrasting(random, first, canvas.ground)
+    second = _second_colour(kind, random, first, canvas.ground)
     window, dx, dy = canvas.window(centre, 1.15 * radius + 1)
     u = np.cos(turn) * dx + np.sin(turn) * dy
     v = np.cos(turn) * dy - np.sin(turn) * dx
@@ -242,7 +255,7 @@ def _place_shape(canvas: Canvas, kind: str, owner: int) -> bool:
     """Paint one shape where it leaves the others visible; False if no such place was found."""
     height, width = canvas.shape
     for _ in range(_TRIES):
-        radius = canvas.random.uniform(0.12, 0.26) * canvas.unit
+        radius = canvas.random.uniform(0.15, 0.27) * canvas.unit
         centre = canvas.random.uniform(0.4 * radius, np.array([width, height]) - 0.4 * radius)
         parts = [shape_part(canvas, kind, centre, radius)]
         if canvas.fits(canvas.mask(parts)):
@@ -284,13 +297,13 @@ def draw_shapes(seed: int, split: int, index: int, shape: tuple[int, int], unit:
         split: Number of the split.
         index: Number of the picture in its split; see `is_empty` and `has_crowd`.
         shape: (height, width) in pixels.
-        unit: Side in pixels that sizes refer to: shapes have radii of 0.12 to 0.26 of it.
+        unit: Side in pixels that sizes refer to: shapes have radii of 0.15 to 0.27 of it.
     """
     canvas = blank(seed, split, index, shape, unit)
     random = canvas.random
     kinds: list[str] = []
     crowd: list[bool] = []
-    count = 0 if is_empty(index) else round(random.uniform(2.5, 6.5) * shape[0] * shape[1] / unit**2)
+    count = 0 if is_empty(index) else round(random.uniform(2.5, 6.0) * shape[0] * shape[1] / unit**2)
     # A shuffled pack: no class is rarer than another.
     pack = [str(kind) for _ in range(count // len(SHAPES) + 2) for kind in random.permutation(SHAPES)]
     if has_crowd(index):

@@ -59,9 +59,9 @@ Made by:  {command}
 """
 _SHAPES_CONTENT = """\
 Textured shapes on textured ground. They cover each other and are cut off by the border. A class has an outline and a
-family of texture of its own (cross: stripes, disc: dots, square: checker, triangle: chevrons, ring: one colour fading
-into another, star: blotches); colours, size, rotation and place are random. Thin wires belong to no class. Some
-pictures hold nothing, some a group of many small shapes of one class."""
+family of texture of its own (cross: white stripes, disc: black dots, square: checker of two shades, triangle: chevrons
+of two colours, ring: one colour fading into another, star: pale blotches); colours, size, rotation and place are
+random. Thin wires belong to no class. Some pictures hold nothing, some a group of many small shapes of one class."""
 _FIGURES_CONTENT = """\
 Jointed figures with the 17 keypoints of COCO's people, before, behind and among shapes that belong to no class. Seen
 from the front a figure has a face; seen from behind it has hair. The stripes of left and right limbs wind by opposite
@@ -101,7 +101,8 @@ class _Writer:
     def save(self, array: np.ndarray, *path: str) -> None:
         file = self.folder.joinpath(*path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(file, **({"quality": 95} if file.suffix == ".jpg" else {}))
+        # Half the colour resolution, JPEG's default, would wash out the textures of small pictures.
+        Image.fromarray(array).save(file, **({"quality": 95, "subsampling": 0} if file.suffix == ".jpg" else {}))
 
 
 def semantic_map(scene: Scene) -> np.ndarray:

@@ -41,20 +41,23 @@ def parameter_groups(
     *,
     decay: Iterable[str] = (),
     no_decay: Iterable[str] = (),
+    only_named: bool = False,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters of `model`, each parameter in exactly one.
 
     A parameter is free of weight decay if it has at most one dimension, if ``no_weight_decay()`` of the model (or of
     its ``backbone``) names it, or if it matches one of the `no_decay` patterns; `decay` patterns win over the first
-    two. With `layer_decay` d, layer i of n counted from the stem learns with ``lr * d ** (n - 1 - i)``, where the
-    layers are those of ``group_matcher()``; what lies outside of the backbone belongs to the last layer.
+    two, and `only_named` leaves the patterns alone. With `layer_decay` d, layer i of n counted from the stem learns
+    with ``lr * d ** (n - 1 - i)``, where the layers are those of ``group_matcher()``; what lies outside of the backbone
+    belongs to the last layer.
 
     Args:
         model: any module; names and layers come from ``model.backbone`` when it follows the backbone contract.
         lr: learning rate of the last layer.
         weight_decay: decay of the parameters that are not exempt.
         decay, no_decay: `fnmatch` patterns of parameter names, with or without the prefix ``backbone.``.
+        only_named: what no pattern of `no_decay` names is decayed.
         layer_decay: factor per layer in (0, 1], or None for one learning rate.
 
     Returns:
@@ -93,7 +96,8 @@ def parameter_groups(
         freed = any(_matches(spelling, no_decay) for spelling in spellings)
         if forced and freed:
             raise ValueError(f"paramwise_cfg: parameter {name!r} matches both decay={decay} and no_decay={no_decay}")
-        decayed = forced or not (freed or parameter.ndim <= 1 or short[name] in exempt)
+        spared = not only_named and (parameter.ndim <= 1 or short[name] in exempt)
+        decayed = forced or not (freed or spared)
         layer = layers.get(name, last)
         if (layer, decayed) not in groups:
             scale = 1.0 if layer_decay is None else layer_decay ** (last - layer)

@@ -206,7 +206,7 @@ def check_heads(model: Mapping[str, Any]) -> None:
         HeadMismatchError: something does not fit; names every place and the numbers that do.
     """
     backbone = model.get("backbone")
-    if not isinstance(backbone, Mapping) or not _is_ours(backbone.get("type")):
+    if not isinstance(backbone, Mapping) or _own_class(backbone.get("type")) is None:
         return
     own, check = backbone_maps(backbone), _HeadCheck()
     maps = own
@@ -235,10 +235,11 @@ def check_heads(model: Mapping[str, Any]) -> None:
         raise HeadMismatchError("the heads do not fit the backbone:\n  " + "\n  ".join(check.problems))
 
 
-def _is_ours(kind: Any) -> bool:
+def _own_class(kind: Any) -> type[DenseBackbone] | None:
+    """The class that a backbone's ``type`` names, if it is one of this library."""
     if isinstance(kind, str) and kind.startswith(f"{SCOPE}."):
         kind = MODELS.get(kind)
-    return isinstance(kind, type) and issubclass(kind, DenseBackbone)
+    return kind if isinstance(kind, type) and issubclass(kind, DenseBackbone) else None
 
 
 def _check_names(config: Any, place: str, known: set[str]) -> None:
@@ -279,13 +280,12 @@ def check_config(config: Mapping[str, Any], training: bool = False) -> None:
     if not isinstance(model, Mapping) or not isinstance(backbone, Mapping):
         return
     kind = backbone.get("type")
-    families = {name: cls for name, cls in MODELS.module_dict.items() if _is_ours(cls)}
-    if kind in families:
+    if isinstance(kind, str) and _own_class(MODELS.module_dict.get(kind)):
         raise KeyError(f"model.backbone.type={kind!r}: backbones of this library are named type='{SCOPE}.{kind}'")
-    if not _is_ours(kind):
+    cls = _own_class(kind)
+    if cls is None:
         return
     settings = {key: value for key, value in backbone.items() if key not in ("type", "variant")}
-    cls = MODELS.get(kind) if isinstance(kind, str) else kind
     check_backbone(cls, backbone.get("variant"), settings)
     check_heads(model)
     if training:

@@ -17,7 +17,8 @@ A config imports this module and names a family::
 
 Importing it puts operators of torchvision in the place of mmcv's compiled ones where there are none (see `mmcv_ext`),
 and enters one class per family, and the necks of `necks`, into ``vision_ssm.registry.MODELS``. Neither mmseg nor mmdet
-has to be installed for that. `checks.check_config` finds misspelt names and heads that do not fit before anything is
+has to be installed for that. Detectors that are trained in bfloat16 should name ``vision_ssm.SingleRoIExtractor`` where
+mmdet's configs name theirs. `checks.check_config` finds misspelt names and heads that do not fit before anything is
 built.
 """
 
@@ -25,7 +26,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -39,40 +39,11 @@ from ..factory import check_overrides, find_family, list_models
 from ..registry import BACKBONES, MODELS, suggest
 from ..weights import load_weights
 from . import mmcv_ext, necks  # noqa: F401  (registers the necks)
+from .packages import check_packages
 
-_OWNERS = {
-    "mmengine": ("onedl-mmengine", "mmengine"),
-    "mmcv": ("onedl-mmcv", "mmcv", "mmcv-lite", "mmcv-full"),
-    "mmseg": ("onedl-mmsegmentation", "mmsegmentation"),
-    "mmdet": ("onedl-mmdetection", "mmdet", "mmdetection"),
-}
-"""Distributions that install the same folder; pip lets one overwrite the other's files."""
 _RESERVED = {"features_only", "num_classes"}
 _TAKEN = {*_RESERVED, "out_indices"}
 FROM_SCRATCH = "--cfg-options model.backbone.init_cfg=None"
-
-
-class PackageConflictError(RuntimeError):
-    """Two distributions of one OpenMMLab package are installed over each other."""
-
-
-def check_packages() -> None:
-    """Raise `PackageConflictError` if two distributions that own the same folder are installed."""
-    for folder, names in _OWNERS.items():
-        installed = {}
-        for name in names:
-            try:
-                installed[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-        if len(installed) > 1:
-            found = " and ".join(f"{name} {version}" for name, version in installed.items())
-            keep = next(iter(installed))
-            raise PackageConflictError(
-                f"{found} are both installed and own the same folder, {folder}: files of one have overwritten those of"
-                f" the other. Remove all and install one again: pip uninstall -y {' '.join(installed)} && pip install"
-                f" --no-deps {keep}=={installed[keep]}"
-            )
 
 
 check_packages()
@@ -266,6 +237,14 @@ def _register(family: type[Backbone]) -> type[Backbone]:
     cls = type(BaseModule)(family.__name__, bases, {"__doc__": doc, "__module__": __name__})
     MODELS.register_module(module=cls)
     return cls
+
+
+@MODELS.register_module(name="SingleRoIExtractor")
+def build_roi_extractor(**settings: Any) -> nn.Module:
+    """`roi_extractor.SingleRoIExtractor`, which needs mmdet, as ``type="vision_ssm.SingleRoIExtractor"``."""
+    from .roi_extractor import SingleRoIExtractor
+
+    return SingleRoIExtractor(**settings)
 
 
 globals().update({family.__name__: _register(family) for family in BACKBONES.module_dict.values()})

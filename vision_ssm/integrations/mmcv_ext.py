@@ -28,7 +28,7 @@ _NAIVE, _LINEAR, _GAUSSIAN = 0, 1, 2
 _MAX_POOL = 0
 
 
-def _widen(*tensors: Tensor) -> list[Tensor]:
+def widen(*tensors: Tensor) -> list[Tensor]:
     """Half precision as float32, which every operator of torchvision takes on every device."""
     return [tensor.float() if tensor.dtype in _HALF else tensor for tensor in tensors]
 
@@ -111,7 +111,7 @@ def roi_align_forward(
 ) -> None:
     """Average-pooling RoIAlign of (B, C, H, W) at (K, 5) regions (image, corners), into `output`, (K, C, h, w)."""
     ratio = _sampling(sampling_ratio, pool_mode)
-    features = _widen(input)[0]
+    features = widen(input)[0]
     size = aligned_height, aligned_width
     pooled = torch.ops.torchvision.roi_align(features, rois.to(features.dtype), spatial_scale, *size, ratio, aligned)
     output.copy_(pooled)
@@ -132,7 +132,7 @@ def roi_align_backward(
 ) -> None:
     """Adds to `grad_input`, (B, C, H, W), the gradient of `roi_align_forward`."""
     ratio = _sampling(sampling_ratio, pool_mode)
-    grad = _widen(grad_output)[0]
+    grad = widen(grad_output)[0]
     size = aligned_height, aligned_width
     grad_input += torch.ops.torchvision._roi_align_backward(
         grad, rois.to(grad.dtype), spatial_scale, *size, *grad_input.shape, ratio, aligned
@@ -141,7 +141,7 @@ def roi_align_backward(
 
 def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logits in float32 at least, which entries are of their row's class, and every entry's factor, (N, C) each."""
-    logits = _widen(input)[0]
+    logits = widen(input)[0]
     positive = target[:, None] == torch.arange(input.shape[1], device=input.device)  # background: no class at all
     scale = torch.where(positive, alpha, 1 - alpha).to(logits.dtype)
     if weight.numel():
@@ -195,7 +195,7 @@ class _Convolution:
     ) -> tuple[list[Tensor], bool]:
         absent = input.new_zeros(input.shape[0], 1), input.new_zeros(weight.shape[0])
         given = [input, weight, offset, absent[0] if mask is None else mask, absent[1] if bias is None else bias]
-        return _widen(*(tensor.contiguous() for tensor in given)), mask is not None
+        return widen(*(tensor.contiguous() for tensor in given)), mask is not None
 
     def forward(
         self, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None = None, bias: Tensor | None = None
@@ -208,14 +208,14 @@ class _Convolution:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of input, weight, offset, mask and bias."""
         operands, masked = self._operands(input, weight, offset, mask, None)
-        grad = _widen(grad.contiguous())[0]
+        grad = widen(grad.contiguous())[0]
         return torch.ops.torchvision._deform_conv2d_backward(grad, *operands, *self.options, masked)
 
 
 def _first_version(options: dict[str, Any]) -> _Convolution:
     """Geometry as the functions of the first deformable convolution are told it."""
-    pairs = [(options[f"{name}H"], options[f"{name}W"]) for name in ("d", "pad", "dilation")]
-    return _Convolution(*pairs, options["group"], options["deformable_group"])
+    stride, padding, dilation = [(options[f"{name}H"], options[f"{name}W"]) for name in ("d", "pad", "dilation")]
+    return _Convolution(stride, padding, dilation, options["group"], options["deformable_group"])
 
 
 def deform_conv_forward(
@@ -260,8 +260,8 @@ def deform_conv_backward_parameters(
 
 def _second_version(options: dict[str, Any]) -> _Convolution:
     """Geometry as the functions of the modulated deformable convolution are told it."""
-    pairs = [(options[f"{name}_h"], options[f"{name}_w"]) for name in ("stride", "pad", "dilation")]
-    return _Convolution(*pairs, options["group"], options["deformable_group"])
+    stride, padding, dilation = [(options[f"{name}_h"], options[f"{name}_w"]) for name in ("stride", "pad", "dilation")]
+    return _Convolution(stride, padding, dilation, options["group"], options["deformable_group"])
 
 
 def modulated_deform_conv_forward(

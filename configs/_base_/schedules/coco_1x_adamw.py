@@ -1,8 +1,9 @@
-# 12 epochs of AdamW for a batch of 16: a tenth of the rate from epoch 8 on, a hundredth from epoch 11 on. Norms and
-# positions are not decayed.
+# 12 epochs of AdamW for a batch of 16: a tenth of the rate from epoch 8 on, a hundredth from epoch 11 on. Norms are
+# not decayed.
 optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
-    paramwise_cfg=dict(custom_keys={key: dict(decay_mult=0.0) for key in ("norm", "pos_embed", "cls_token")}),
+    constructor="vision_ssm.ParameterGroups",
+    paramwise_cfg=dict(no_decay=["*norm*"], only_named=True),
     precision="fp32",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     accumulative_counts=1,

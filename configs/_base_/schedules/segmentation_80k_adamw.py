@@ -1,8 +1,8 @@
-# 80k iterations of AdamW for a batch of 8: 1500 of warm-up, then a straight line to 0. Norms and positions are not
-# decayed.
+# 80k iterations of AdamW for a batch of 8: 1500 of warm-up, then a straight line to 0. Norms are not decayed.
 optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
-    paramwise_cfg=dict(custom_keys={key: dict(decay_mult=0.0) for key in ("norm", "pos_embed", "cls_token")}),
+    constructor="vision_ssm.ParameterGroups",
+    paramwise_cfg=dict(no_decay=["*norm*"], only_named=True),
     precision="fp32",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
     accumulative_counts=1,
