@@ -301,6 +301,8 @@ def small_backbone(settings: dict) -> tuple[str, dict]:
         keywords["depth"] = 4
         if "directions" in family.variants[variant]:
             keywords["directions"] = FIXED
+    if "maps" in family.variants[settings["variant"]]:
+        keywords["maps"] = family.variants[settings["variant"]]["maps"]
     return variant, keywords
 
 
