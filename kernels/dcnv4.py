@@ -13,7 +13,7 @@ order; it takes as long as the cell with the most points, of which there are 36 
 is what needs memory, so images are worked on a few at a time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -259,7 +259,7 @@ class _Call(NamedTuple):
             raise ValueError(f"dcnv4: value of shape {tuple(self.value)} has too many positions for one launch")
 
 
-def forward(value: Tensor, offset_mask: Tensor, *options: int | float | bool) -> Tensor:
+def forward(value: Tensor, offset_mask: Tensor, *options: Any) -> Tensor:
     """value: (B, H, W, D), offset_mask: (B, H', W', M). Returns (B, H', W', D) in the dtype of `value`."""
     call = _Call(value.shape, offset_mask.shape, *options)
     out = torch.empty((*call.outputs[:3], call.value[3]), dtype=value.dtype, device=value.device)
@@ -274,7 +274,7 @@ def forward(value: Tensor, offset_mask: Tensor, *options: int | float | bool) ->
     return out
 
 
-def backward(grad: Tensor, value: Tensor, offset_mask: Tensor, *options: int | float | bool) -> dict[str, Tensor]:
+def backward(grad: Tensor, value: Tensor, offset_mask: Tensor, *options: Any) -> dict[str, Tensor]:
     """grad: (B, H', W', D). Returns the gradients of `value` and `offset_mask`, each in its dtype."""
     call = _Call(value.shape, offset_mask.shape, *options)
     grads = {

@@ -123,11 +123,11 @@ class ParallelStage(nn.Module):
 
     def forward(self, maps: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """maps: of the branches that there are already."""
-        maps = [*maps, *(conv(maps[-1]) for conv in self.downsample)]
-        maps = maps[len(maps) - len(self.blocks[0].branches) :]  # the first stage with branches replaces its input
+        grown = [*maps, *(conv(maps[-1]) for conv in self.downsample)]
+        grown = grown[len(grown) - len(self.blocks[0].branches) :]  # the first stage with branches replaces its input
         for block in self.blocks:
-            maps = block(maps)
-        return maps
+            grown = block(grown)
+        return grown
 
 
 class HRVMamba(Backbone):
@@ -177,10 +177,12 @@ class HRVMamba(Backbone):
         if not len(dims) == len(depths) == len(neck_dims) == len(_STRIDES):
             given = f"dims {tuple(dims)}, depths {tuple(depths)}, neck_dims {tuple(neck_dims)}"
             raise ValueError(f"dims, depths and neck_dims must have four entries, got {given}")
+        if min(*depths, blocks) < 1:
+            raise ValueError(f"every stage and branch needs a block, got depths {tuple(depths)} and blocks {blocks}")
         if maps not in ("branches", "sums"):
             raise ValueError(f"unknown maps {maps!r}.{suggest(str(maps), ('branches', 'sums'))}")
         self.maps, self.multiscale = maps, multiscale
-        options = dict(mlp_ratio=mlp_ratio, position_convs=position_convs, drop_convs=drop_convs)
+        options: dict[str, Any] = dict(mlp_ratio=mlp_ratio, position_convs=position_convs, drop_convs=drop_convs)
         spec = resolve_scan(scan, _SCAN)
         self.stem = ConvNormStem(self.in_chans, _STEM_WIDTH)
         wide = 4 * first_dim
@@ -203,7 +205,8 @@ class HRVMamba(Backbone):
         sums = maps == "sums"
         self.neck = None if self.features_only and not sums else SumNeck(dims, neck_dims, num_features)
         outputs = (*neck_dims[:-1], num_features) if sums else dims
-        self.finish(outputs, _STRIDES, "layer" if self.features_only else "none", num_features=num_features)
+        norm, last_width = "layer" if self.features_only else "none", None if self.neck is None else num_features
+        self.finish(outputs, _STRIDES, norm, num_features=last_width)
         for info in self.feature_info:
             info["module"] = "neck" if sums else f"stages.{len(_STRIDES) - 1}"
 
@@ -297,29 +300,27 @@ class HRVMamba(Backbone):
 
 
 _OUR_FIRST_BLOCK = "stages.1.blocks.0.branches.0.blocks.0"
+_CONV_NORM = ("conv", "bn")
 _OFFICIAL_KEYS = (
-    (r"^conv1\.", "stem.0.conv."),
-    (r"^bn1\.", "stem.0.bn."),
-    (r"^conv2\.", "stem.1.conv."),
-    (r"^bn2\.", "stem.1.bn."),
+    (r"^(conv|bn)([12])\.", lambda m: f"stem.{int(m[2]) - 1}.{m[1]}."),
     (r"^layer1\.", "stages.0.blocks."),
     (r"^neck\.increase_layers\.(\d)\.0\.", r"neck.increase.\1."),
     (r"^neck\.downsample_layers\.", "neck.downsample."),
     (r"^neck\.final_layer\.", "neck.final."),
-    (r"^(stages\.0\.blocks|neck\.increase)\.(\d+)\.conv(\d)\.", r"\1.\2.conv\3.conv."),
-    (r"^(stages\.0\.blocks|neck\.increase)\.(\d+)\.bn(\d)\.", r"\1.\2.conv\3.bn."),
-    (r"^(stages\.0\.blocks|neck\.increase)\.(\d+)\.downsample\.0\.", r"\1.\2.shortcut.conv."),
-    (r"^(stages\.0\.blocks|neck\.increase)\.(\d+)\.downsample\.1\.", r"\1.\2.shortcut.bn."),
-    (r"^transition1\.(?:(0)|(1)\.0)\.(\d)\.", lambda m: f"stages.1.downsample.{m[1] or m[2]}.{_CONV_NORM[m[3]]}."),
-    (r"^transition([23])\.\d\.0\.(\d)\.", lambda m: f"stages.{m[1]}.downsample.0.{_CONV_NORM[m[2]]}."),
+    (r"^(stages\.0\.blocks|neck\.increase)\.(\d+)\.(conv|bn)(\d)\.", r"\1.\2.conv\4.\3."),
+    (
+        r"^(stages\.0\.blocks|neck\.increase)\.(\d+)\.downsample\.(\d)\.",
+        lambda m: f"{m[1]}.{m[2]}.shortcut.{_CONV_NORM[int(m[3])]}.",
+    ),
+    (r"^transition1\.(\d)\.(?:0\.)?(\d)\.(?!\d)", lambda m: f"stages.1.downsample.{m[1]}.{_CONV_NORM[int(m[2])]}."),
+    (r"^transition([23])\.\d\.0\.(\d)\.", lambda m: f"stages.{m[1]}.downsample.0.{_CONV_NORM[int(m[2])]}."),
     (r"^stage([234])\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
     (r"\.branches\.(\d)\.(\d+)\.", r".branches.\1.blocks.\2."),
-    # steps of four modules in the original: convolution, norm, convolution, norm
-    (
-        r"\.fuse_layers\.(\d)\.(\d)\.(\d)\.(\d)\.(?=weight|bias|running|num)",
-        lambda m: f".fusion.{m[1]}.{m[2]}.{2 * int(m[3]) + int(m[4]) // 2}.{_CONV_NORM[str(int(m[4]) % 2)]}.",
+    (  # down: steps of convolution, norm, convolution, norm
+        r"\.fuse_layers\.(\d)\.(\d)\.(\d)\.(\d)\.",
+        lambda m: f".fusion.{m[1]}.{m[2]}.{2 * int(m[3]) + int(m[4]) // 2}.{_CONV_NORM[int(m[4]) % 2]}.",
     ),
-    (r"\.fuse_layers\.(\d)\.(\d)\.(\d)\.", lambda m: f".fusion.{m[1]}.{m[2]}.{_CONV_NORM[m[3]]}."),
+    (r"\.fuse_layers\.(\d)\.(\d)\.(\d)\.", lambda m: f".fusion.{m[1]}.{m[2]}.{_CONV_NORM[int(m[3])]}."),
     (r"(\.blocks\.\d+)\.conv2d\.", r"\1.convs."),
     (r"(\.blocks\.\d+)\.cpe([12])\.", r"\1.position\2."),
     (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
@@ -330,7 +331,6 @@ _OFFICIAL_KEYS = (
     (r"\.mixer\.se\.fc\.2\.", ".mixer.channel_gate.expand."),
     (r"^outnorm(\d)\.", r"out_norms.\1."),
 )
-_CONV_NORM = {"0": "conv", "1": "bn"}
 _WITHOUT_EFFECT = {"variant"}
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     channels=(32, 64, 128, 256),
@@ -365,55 +365,43 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hrvmamba_base_pose": dict(_BASE, **_POSE, drop_path_rate=0.2),
     "hrvmamba_base_seg": dict(_BASE, features_only=True, maps="sums", drop_path_rate=0.15),
     "hrvmamba_micro": dict(
-        dims=(8, 16, 24, 32), first_dim=8, depths=(1, 1, 1, 1), blocks=1, scan=dict(_SCAN, channel_gate=True),
+        dims=(16, 16, 24, 32), first_dim=8, depths=(1, 1, 1, 1), blocks=1, scan=dict(_SCAN, channel_gate=True),
         position_convs=True, neck_dims=(16, 24, 32, 40), num_features=48,
     ),
 }  # fmt: skip
 
 
-def _weights(identity: str, side: int | tuple[int, int], **facts: Any) -> dict[str, Any]:
-    height, width = (side, side) if isinstance(side, int) else side
+def _weights(identity: str, height: int, width: int | None = None, **facts: Any) -> dict[str, Any]:
     url = f"https://drive.google.com/file/d/{identity}/view"
-    return dict(url=url, input_size=(3, height, width), paper="arXiv:2410.03174", **facts)
+    size = (3, height, height if width is None else width)
+    return dict(url=url, input_size=size, paper="arXiv:2410.03174", **facts)
 
 
 def _classifier(size: str, identity: str, side: int, top1: float) -> dict[str, Any]:
     return _weights(identity, side, file=f"hrvmamba_{size}.pth", top1_reported=top1, crop_pct=1.0)
 
 
-def _pose(identity: str, ap: float, *also: dict[str, Any]) -> dict[str, Any]:
-    return _weights(identity, (256, 192), coco_ap_reported=ap, also=list(also))
-
-
-def _large_pose(identity: str, ap: float) -> dict[str, Any]:
-    return _weights(identity, (384, 288), coco_ap_reported=ap)
-
-
-def _crowd_pose(identity: str, ap: float) -> dict[str, Any]:
-    """All four maps, ``multiscale=True``."""
-    return _weights(identity, 640, crowdpose_ap_reported=ap)
-
-
+# The last ones of a pose variant are of all four maps, ``multiscale=True``.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "hrvmamba_nano": _classifier("nano", "1vjoEmX8NGh3D4aIB2zTP6eKN23zXmd7i", 256, 74.8),
     "hrvmamba_tiny": _classifier("tiny", "18MnK9b-Ip7RLevdAzzPBFNIe_BNHg2Ry", 256, 78.6),
     "hrvmamba_small": _classifier("small", "1Gxo0Pxg2D7x3dU0P2AZ2YGEFS-7XMxIX", 256, 81.3),
     "hrvmamba_base": _classifier("base", "1jbXjvCBdjgraeEaJrDjD2wStpxJtCEuy", 224, 84.2),
-    "hrvmamba_tiny_pose": _pose("1cj6VPnSiyCDQHuDEZIIytyEQO-Xr-pPO", 69.5),
-    "hrvmamba_small_pose": _pose(
-        "1L3CO3D4L1Q1galRaSC82taDDqFqmukKt",
-        74.6,
-        _large_pose("1aqkUoQog4hl1dSbkUkwQvlwgistpxtzQ", 76.4),
-        _crowd_pose("1J4OoX8QeclHUGeBOTU8twPX8T7DYZ2EV", 68.8),
+    "hrvmamba_tiny_pose": _weights("1cj6VPnSiyCDQHuDEZIIytyEQO-Xr-pPO", 256, 192, coco_ap_reported=69.5),
+    "hrvmamba_small_pose": _weights(
+        "1L3CO3D4L1Q1galRaSC82taDDqFqmukKt", 256, 192, coco_ap_reported=74.6, also=[
+            _weights("1aqkUoQog4hl1dSbkUkwQvlwgistpxtzQ", 384, 288, coco_ap_reported=76.4),
+            _weights("1J4OoX8QeclHUGeBOTU8twPX8T7DYZ2EV", 640, crowdpose_ap_reported=68.8),
+        ],
     ),
-    "hrvmamba_base_pose": _pose(
-        "14JE7v6jdxtJaEMJCatqbmuhLkfBYVBOX",
-        76.5,
-        _large_pose("161d_LhWBBvBOSXxPBGRBNCjYr8PP0w9c", 77.7),
-        _crowd_pose("1Xbuj1-NWg9ivCzUFaLUGc-eQp0d0146j", 69.6),
+    "hrvmamba_base_pose": _weights(
+        "14JE7v6jdxtJaEMJCatqbmuhLkfBYVBOX", 256, 192, coco_ap_reported=76.5, also=[
+            _weights("161d_LhWBBvBOSXxPBGRBNCjYr8PP0w9c", 384, 288, coco_ap_reported=77.7),
+            _weights("1Xbuj1-NWg9ivCzUFaLUGc-eQp0d0146j", 640, crowdpose_ap_reported=69.6),
+        ],
     ),
     "hrvmamba_base_seg": _weights("1O288Y_VhuWRtTXO2WpTbGkEwEn2raik-", 512, ade20k_miou_reported=51.4),
-}
+}  # fmt: skip
 
 HRVMamba.variants = VARIANTS
 HRVMamba.published = PUBLISHED

@@ -8,7 +8,7 @@ Images, or bands of rows of a large one, are worked on one after the other, whic
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ def _table(value: Tensor, groups: int) -> Tensor:
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
-def forward(value: Tensor, offset_mask: Tensor, *options: int | float | bool) -> Tensor:
+def forward(value: Tensor, offset_mask: Tensor, *options: Any) -> Tensor:
     """value: (B, H, W, D), offset_mask: (B, H', W', M). Returns (B, H', W', D) in the dtype of `value`."""
     given, dim = _Options(*options), value.shape[3]
     out = value.new_empty(*offset_mask.shape[:3], dim)
@@ -169,7 +169,7 @@ def _of_value(grad: Tensor, size: torch.Size, points: _Points, options: _Options
     return total
 
 
-def backward(grad: Tensor, value: Tensor, offset_mask: Tensor, *options: int | float | bool) -> dict[str, Tensor]:
+def backward(grad: Tensor, value: Tensor, offset_mask: Tensor, *options: Any) -> dict[str, Tensor]:
     """grad: (B, H', W', D). Returns the gradients of `value` and `offset_mask`."""
     given, work = _Options(*options), work_dtype(value)
     of_value = torch.zeros_like(value, dtype=work)

@@ -1,0 +1,14 @@
+# Fine-tune ImageNet weights on other photographs, DATA/{train,val}/CLASS/*: a low rate that falls from layer to layer
+# towards the stem, light augmentation, averaged weights, no decay of the state-space parameters.
+#   tools/train.py CONFIG --data-root DATA --cfg-options model.pretrained=FILE model.reset_head=True model.num_classes=N
+_base_ = [
+    "../_base_/default_runtime.py", "../_base_/models/classifier.py",
+    "../_base_/datasets/imagenet_224.py", "../_base_/schedules/short_adamw.py",
+]
+model = dict(backbone=dict(name="hrvmamba_tiny", drop_path_rate=0.1))
+optim_wrapper = dict(optimizer=dict(lr=5e-4, weight_decay=1e-2), paramwise_cfg=dict(layer_decay=0.75), precision="bf16")
+train_dataloader = dict(
+    batch_size=64, dataset=dict(transform=dict(input_size=256, auto_augment="rand-m5-inc1", scale=(0.3, 1)))
+)
+val_dataloader = test_dataloader = dict(dataset=dict(transform=dict(input_size=256, crop_pct=1.0)))
+custom_hooks = [dict(type="EMAHook", ema_type="MomentumAnnealingEMA", momentum=1e-3, gamma=10)]
