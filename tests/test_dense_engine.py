@@ -12,6 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from vision_ssm.engine import Runner, commands, read_training
+from vision_ssm.engine.predict_command import predict
 
 EXACT = ("state_dict", "optimizer", "param_schedulers", "history", "rng")
 ITERATIONS = 6
@@ -110,12 +111,12 @@ def test_commands_test_and_predict(kind, pictures, request, tmp_path, capsys):
     images = pictures / "images" / "validation"
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     common = [str(work_dir / "config.py"), str(checkpoint), str(images), str(tmp_path / "broken.jpg"), "--score", "0"]
-    assert commands.predict([*common, "--out", str(tmp_path / "drawn")]) == 0
+    assert predict([*common, "--out", str(tmp_path / "drawn")]) == 0
     captured = capsys.readouterr()
     assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["000.png", "001.png", "002.png"]
     assert Image.open(tmp_path / "drawn" / "000.png").size == Image.open(images / "000.jpg").size
     assert "broken.jpg" in captured.err and "000.jpg" in captured.out
-    assert commands.predict([*common[:4], "--score", "0", "--out", str(tmp_path / "grid.png")]) == 0
+    assert predict([*common[:4], "--score", "0", "--out", str(tmp_path / "grid.png")]) == 0
     assert (tmp_path / "grid.png").is_file()
 
 

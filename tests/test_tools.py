@@ -20,6 +20,7 @@ from PIL import Image
 from vision_ssm import create_model, list_models
 from vision_ssm.engine import commands, read_training
 from vision_ssm.engine.predict import Predictor, class_names, image_files
+from vision_ssm.engine.predict_command import predict
 
 TOOLS = ("train", "test", "predict", "list_models")
 
@@ -79,14 +80,14 @@ def test_predict_one_image_and_a_folder(trained, data, tmp_path, capsys):
     picture = tmp_path / "one.png"
     image = data / "val" / "rows" / "00.png"
     arguments = [str(trained / "small.py"), str(trained / "best_top1.pth")]
-    assert commands.predict([*arguments, str(image), "--out", str(picture)]) == 0
+    assert predict([*arguments, str(image), "--out", str(picture)]) == 0
     printed = capsys.readouterr().out
     chances = [float(number) for number in re.findall(r"([\d.]+) %", printed)]
     assert len(chances) == 3 and sum(chances) == pytest.approx(100, abs=0.1) and chances == sorted(chances)[::-1]
     assert Image.open(picture).width > 400
 
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:60])
-    assert commands.predict([*arguments, str(data / "val"), str(tmp_path / "broken.png"), "--out", str(picture)]) == 0
+    assert predict([*arguments, str(data / "val"), str(tmp_path / "broken.png"), "--out", str(picture)]) == 0
     captured = capsys.readouterr()
     assert captured.out.count(".png") == VAL_PER_CLASS * len(CLASSES) + 1  # a row each, and the picture
     assert "broken.png" in captured.err and "left out" in captured.err
@@ -114,7 +115,7 @@ def test_predict_by_name_and_weight_file(tmp_path, data, capsys):
     assert predictor.classes == ("class 0", "class 1", "class 2", "class 3") and predictor.channels == 1
     picture = tmp_path / "picture.png"
     arguments = ["--model", "vmamba_micro", "--weights", file, "--out", picture, "--top", 2]
-    assert commands.predict([str(a) for a in (data / "val" / "rows" / "00.png", *arguments)]) == 0
+    assert predict([str(a) for a in (data / "val" / "rows" / "00.png", *arguments)]) == 0
     assert len(re.findall(r"class \d", capsys.readouterr().out)) == 2 and picture.exists()
 
 
@@ -148,7 +149,7 @@ def test_scripts_run_the_commands():
     assert process.returncode == 0 and "vmamba_micro" in process.stdout, process.stderr
     for tool in TOOLS:
         text = (ROOT / "tools" / f"{tool}.py").read_text()
-        assert "vision_ssm.engine.commands" in text and len(text.splitlines()) <= 12
+        assert re.search(r"vision_ssm\.engine\.(predict_)?commands? import", text) and len(text.splitlines()) <= 12
 
 
 def test_missing_config_suggests(capsys):
@@ -185,20 +186,20 @@ def test_missing_checkpoints(capsys, trained, tmp_path, data):
     assert "epoch_9.pth: there is no such checkpoint. Did you mean" in message and "epoch_2.pth" in message
     message = fails(capsys, commands.test, trained / "small.py", trained / "best_top2.pth")
     assert "there is no checkpoint" in message and "best_top1.pth" in message
-    message = fails(capsys, commands.predict, trained / "small.py", trained / "none.pth", data / "val")
+    message = fails(capsys, predict, trained / "small.py", trained / "none.pth", data / "val")
     assert "none.pth" in message
 
 
 def test_wrong_predictions(capsys, trained, tmp_path, data):
     checkpoint = trained / "best_top1.pth"
     assert "neither an image nor a folder" in fails(
-        capsys, commands.predict, trained / "small.py", checkpoint, "nowhere"
+        capsys, predict, trained / "small.py", checkpoint, "nowhere"
     )
-    message = fails(capsys, commands.predict, trained / "small.py", checkpoint, tmp_path)
+    message = fails(capsys, predict, trained / "small.py", checkpoint, tmp_path)
     assert "no image in" in message and ".png" in message
-    assert "belong together" in fails(capsys, commands.predict, "x.png", "--model", "vmamba_micro")
-    assert "expected CONFIG CHECKPOINT IMAGES" in fails(capsys, commands.predict, "x.png")
-    message = fails(capsys, commands.predict, data / "val", "--model", "vmamba_mirco", "--weights", checkpoint)
+    assert "belong together" in fails(capsys, predict, "x.png", "--model", "vmamba_micro")
+    assert "expected CONFIG CHECKPOINT IMAGES" in fails(capsys, predict, "x.png")
+    message = fails(capsys, predict, data / "val", "--model", "vmamba_mirco", "--weights", checkpoint)
     assert "Did you mean 'vmamba_micro'" in message
 
 

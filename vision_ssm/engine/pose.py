@@ -22,7 +22,7 @@ from vision_ssm.data import KeypointSet, TopDownTransform, UnreadableImageError,
 from vision_ssm.data.coco_keypoints import apply_matrix
 from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, suggest
-from vision_ssm.weights import CheckpointError, load_state_dict, load_weights, read_checkpoint, unwrap
+from vision_ssm.weights import CheckpointError, load_state_dict, load_weights, read_checkpoint, split_parts, unwrap
 
 from .config import UsageError
 from .pose_figures import draw_pose_grid
@@ -102,12 +102,12 @@ def decode_heat_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keypoint_accuracy(maps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Percentage of the keypoints of positive weight whose maximum lies within 0.05 map sizes of the target's (PCK),
-    x measured in widths and y in heights. maps, target: (B, K, H, W); weight: (B, K)."""
+    """Share of the keypoints of positive weight whose maximum lies within 0.05 map sizes of the target's (PCK), x
+    measured in widths and y in heights. maps, target: (B, K, H, W); weight: (B, K)."""
     size = torch.tensor(maps.shape[:1:-1], device=maps.device)  # width, height
     distance = ((heat_map_peaks(maps)[0] - heat_map_peaks(target)[0]) / size).norm(dim=-1)  # (B, K)
     known = weight > 0
-    return 100 * ((distance < PCK_THRESHOLD) & known).sum() / known.sum().clamp(min=1)
+    return ((distance < PCK_THRESHOLD) & known).sum() / known.sum().clamp(min=1)
 
 
 def heat_map_loss(maps: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class TopDownPose(BaseModel):
             mode: ``tensor``, ``loss`` or ``predict``.
 
         Returns:
-            ``tensor``: (B, K, H / stride, W / stride). ``loss``: dict with ``loss`` and ``accuracy`` (%, see
+            ``tensor``: (B, K, H / stride, W / stride). ``loss``: dict with ``loss`` and ``accuracy`` (0 to 1, see
             `keypoint_accuracy`). ``predict``: B dicts with ``keypoints`` (K, 2), x and y in pixels of the picture,
             ``scores`` (K,), ``path`` and what `instance` holds, as NumPy arrays and plain numbers.
         """
@@ -283,8 +283,7 @@ def load_pose_weights(model: TopDownPose, file: str | os.PathLike) -> str:
             for key in wrong[:4]
         )
         raise CheckpointError(f"the head of {file} is not that of this config's model: {listed}")
-    rest = {key: value for key, value in tensors.items() if not key.startswith(_HEAD)}
-    report = load_state_dict(model.backbone, rest, source=str(file))
+    report = load_state_dict(model.backbone, split_parts(tensors)[0], source=str(file))
     model.head.load_state_dict(head)
     return f"{report}\n  head: {len(head)} tensors loaded"
 
