@@ -110,7 +110,8 @@ def test_name_is_that_of_model_data_and_batch(name):
 
 def test_pretrained_weights_are_the_published_ones(name):
     backbone = config(name).model.backbone
-    file = find_family(backbone.variant).published.get(backbone.variant, {}).get("file", "")
+    classifier = backbone.variant.removesuffix("_seg")
+    file = find_family(classifier).published.get(classifier, {}).get("file", "")
     if re.fullmatch(r"[\w.-]+\.(pth|ckpt|safetensors)", file):
         assert backbone.init_cfg == dict(type="Pretrained", checkpoint=f"checkpoints/{file}")
     else:
@@ -311,6 +312,8 @@ def stand_in(cfg: Config) -> ConfigDict:
     model = shrink(cfg.model.to_dict())
     backbone = cfg.model.backbone.to_dict()
     variant, keywords = small_backbone(backbone)
+    if "maps" in find_family(variant).variants[backbone["variant"]]:  # HRVMamba for segmentation is a variant of its own
+        keywords["maps"] = find_family(variant).variants[backbone["variant"]]["maps"]
     backbone.update(keywords, variant=variant, init_cfg=None)
     if "out_indices" in backbone:
         backbone["out_indices"] = (3,)

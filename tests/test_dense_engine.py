@@ -12,6 +12,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from vision_ssm.engine import Runner, commands, read_training
+from vision_ssm.engine.config import UsageError, set_data_root
 from vision_ssm.engine.predict_command import predict
 
 EXACT = ("state_dict", "optimizer", "param_schedulers", "history", "rng")
@@ -167,3 +168,50 @@ def test_two_processes_train_and_test(kind, pictures, request, tmp_path):
     assert tested.returncode == 0, tested.stderr[-4000:]
     metric = "mIoU" if kind == "segmentation" else "coco/bbox_mAP"
     assert tested.stdout.count(f" {metric} ") == 1
+
+
+def failing(capsys, cfg: Config, folder: Path, *flags: str) -> str:
+    """What train.py says about a config that cannot be trained; nothing has been trained by then."""
+    cfg.dump(folder / "broken.py")
+    with pytest.raises(SystemExit):
+        commands.train([str(folder / "broken.py"), *flags])
+    assert not list(folder.rglob("*.pth"))
+    return capsys.readouterr().err
+
+
+def test_mistakes_are_named_before_training(pictures, tmp_path, capsys):
+    cfg = segmentation_config(pictures, tmp_path)
+    cfg.model.backbone = dict(cfg.model.backbone, variant="vmamba_mirco")
+    assert "Did you mean 'vmamba_micro'" in failing(capsys, cfg, tmp_path)
+    cfg = segmentation_config(pictures, tmp_path)
+    cfg.model.backbone = dict(cfg.model.backbone, type="vision_ssm.VMambba")
+    assert "Did you mean 'VMamba'" in failing(capsys, cfg, tmp_path)
+    cfg = segmentation_config(pictures, tmp_path)
+    cfg.model.decode_head.in_channels = [96, 192, 384, 768]
+    assert "set model.decode_head.in_channels=[8, 16, 32, 64]" in failing(capsys, cfg, tmp_path)
+    cfg = segmentation_config(pictures, tmp_path)
+    assert "model.backbone" in failing(capsys, cfg, tmp_path, "--cfg-options", "model.backbone.init_cfg.type=Pretrained",
+                                       "model.backbone.init_cfg.checkpoint=none.pth")  # fmt: skip
+    cfg = detection_config(pictures, tmp_path)
+    cfg.train_dataloader.dataset.ann_file = "annotations/instances_training.json"
+    assert "instances_training.json" in failing(capsys, cfg, tmp_path)
+    cfg = detection_config(pictures, tmp_path)
+    assert "--cuda-graphs is for image classifiers" in failing(capsys, cfg, tmp_path, "--cuda-graphs")
+
+
+def test_map_of_another_size_than_its_image(pictures, tmp_path, capsys):
+    shutil.copytree(pictures, tmp_path / "data")
+    Image.new("L", (10, 10)).save(tmp_path / "data" / "annotations" / "training" / "002.png")
+    cfg = segmentation_config(tmp_path / "data", tmp_path)
+    message = failing(capsys, cfg, tmp_path)
+    assert "002.png" in message and "10 x 10" in message
+
+
+@pytest.mark.parametrize("kind", ["segmentation", "detection"])
+def test_data_root_moves_data_sets_and_evaluators(kind, pictures, tmp_path):
+    build = segmentation_config if kind == "segmentation" else detection_config
+    cfg = build(Path("data/elsewhere"), tmp_path)
+    set_data_root(cfg, str(pictures))
+    assert "elsewhere" not in cfg.pretty_text and cfg.pretty_text.count(str(pictures)) >= 4
+    with pytest.raises(UsageError, match="is not a folder"):
+        set_data_root(cfg, str(tmp_path / "nothing"))

@@ -171,7 +171,6 @@ def benchmark_config(cfg: Config, settings: ModelSettings, peers: Sequence[str] 
     if settings.graph or settings.compile or settings.channels_last:
         raise BenchmarkError("whole configs are timed as they train: without CUDA graphs, compilation, channels_last")
     contenders = dense_contenders(cfg, peers)
-    DefaultScope.get_instance(f"benchmark_{cfg.default_scope}", scope_name=cfg.default_scope)
     batch = _samples(cfg.default_scope, _classes(cfg.model), settings)
     rows, steps = {}, {}
     release_memory(device)

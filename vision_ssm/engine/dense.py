@@ -124,12 +124,14 @@ class DensePredictor:
             raise UsageError(f"a config of mmseg or mmdet is needed, this one is of {cfg.get('default_scope')!r}")
         self.task = task
         state = read_training(checkpoint)
-        # a name of its own, because other configs of this process may have another scope
-        DefaultScope.get_instance(f"predict_{cfg.default_scope}", scope_name=cfg.default_scope)
         options = copy.deepcopy(cfg.model)
         if isinstance(options.get("backbone"), dict):
             options["backbone"]["init_cfg"] = None  # every weight comes from the checkpoint
-        self.model = MODELS.build(options)
+        dataset = (cfg.get("test_dataloader") or cfg.val_dataloader).dataset
+        steps = cfg.get("test_pipeline") or dataset.pipeline
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            self.model = MODELS.build(options)
+            self.pipeline = Compose([step for step in steps if step["type"].split(".")[-1] != "LoadAnnotations"])
         try:
             self.model.load_state_dict(state["state_dict"])
         except RuntimeError as error:
@@ -138,9 +140,6 @@ class DensePredictor:
             raise CheckpointError(message) from None
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.eval().to(self.device)
-        dataset = (cfg.get("test_dataloader") or cfg.val_dataloader).dataset
-        steps = cfg.get("test_pipeline") or dataset.pipeline
-        self.pipeline = Compose([step for step in steps if step["type"].split(".")[-1] != "LoadAnnotations"])
         meta = (state.get("meta") or {}).get("dataset_meta") or {}
         self.dataset_meta = meta if meta.get("classes") else dict(dataset.get("metainfo") or {})
         if not self.dataset_meta.get("classes"):

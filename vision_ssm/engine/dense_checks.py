@@ -78,6 +78,6 @@ def check_dense(cfg: Config, loaders: Sequence[str], training: bool = False) -> 
         return
     from vision_ssm.integrations.checks import check_config
 
-    DefaultScope.get_instance(f"check_{cfg.default_scope}", scope_name=cfg.default_scope)
-    check_config(cfg, training)
-    check_dense_data(cfg, loaders)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        check_config(cfg.to_dict(), training)
+        check_dense_data(cfg, loaders)

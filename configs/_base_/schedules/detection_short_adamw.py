@@ -3,12 +3,12 @@ optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     constructor="vision_ssm.ParameterGroups",
     precision="fp32",
-    optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=5e-3, betas=(0.9, 0.97), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     accumulative_counts=1,
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
-    dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, end=12, by_epoch=True, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, end=20, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=12, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=10)

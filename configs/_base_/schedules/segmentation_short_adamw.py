@@ -9,6 +9,6 @@ optim_wrapper = dict(
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, begin=0, end=100, by_epoch=False),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=100, end=1200, by_epoch=False),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=100, end=1600, by_epoch=False),
 ]
-train_cfg = dict(by_epoch=False, max_iters=1200, val_interval=400)
+train_cfg = dict(by_epoch=False, max_iters=1600, val_interval=400)
