@@ -168,6 +168,7 @@ def test_two_processes_train_and_test(kind, pictures, request, tmp_path):
     assert tested.returncode == 0, tested.stderr[-4000:]
     metric = "mIoU" if kind == "segmentation" else "coco/bbox_mAP"
     assert tested.stdout.count(f" {metric} ") == 1
+    assert not [path for folder in (ROOT, tmp_path, tmp_path / "test") for name in (".dist_test", ".collected") if (path := folder / name).exists()]
 
 
 def failing(capsys, cfg: Config, folder: Path, *flags: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import timm
 import torch
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.utils import apply_to
@@ -155,6 +156,14 @@ class Runner(mmengine.runner.Runner):
             if not str(dataset["type"]).startswith(f"{SCOPE}."):
                 dataloader = {**dataloader, "dataset": dict(type="vision_ssm.SeededDataset", dataset=dataset)}
         return mmengine.runner.Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+
+    def build_evaluator(self, evaluator: Any) -> Evaluator:
+        """As in mmengine; what processes exchange through files goes through the work dir, not the current folder."""
+        built = super().build_evaluator(evaluator)
+        for metric in built.metrics:
+            if metric.collect_device == "cpu" and metric.collect_dir is None:
+                metric.collect_dir = str(Path(self.work_dir) / ".collected")
+        return built
 
     def build_train_loop(self, loop: Any) -> Any:
         """``dict(by_epoch=...)`` and mmengine's two loops by name are `EpochTrainLoop` or `IterTrainLoop`."""
