@@ -47,6 +47,7 @@ TINY = {
     "selective_scan_3": replace(CASES["selective_scan_3"], batch=1, length=33),
     "ssd_stage1": replace(CASES["ssd_stage1"], batch=1, length=33),
     "state_fusion_stage1": replace(CASES["state_fusion_stage1"], batch=1, height=3, width=5),
+    "dcnv4_branch1": replace(CASES["dcnv4_branch1"], batch=1, height=3, width=5),
     "rms_norm_tokens": replace(CASES["rms_norm_tokens"], batch=1, length=5),
 }
 

@@ -1,18 +1,20 @@
 """Segmentation and detection runs of the one train/test tool: exact resume, two processes, precision, pictures."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from dense_support import BATCH, TRAIN, detection_config, segmentation_config, write_dense_pictures
+from dense_support import BATCH, SIDE, TRAIN, detection_config, segmentation_config, write_dense_pictures
 from engine_support import ROOT, differences, run_python, runs_are_exact
 from mmengine.config import Config
 from PIL import Image
 
 from vision_ssm.engine import Runner, commands, read_training
 from vision_ssm.engine.config import UsageError, set_data_root
+from vision_ssm.engine.dense import LEAST_SIDE
 from vision_ssm.engine.predict_command import predict
 
 EXACT = ("state_dict", "optimizer", "param_schedulers", "history", "rng")
@@ -115,7 +117,8 @@ def test_commands_test_and_predict(kind, pictures, request, tmp_path, capsys):
     assert predict([*common, "--out", str(tmp_path / "drawn")]) == 0
     captured = capsys.readouterr()
     assert sorted(file.name for file in (tmp_path / "drawn").iterdir()) == ["000.png", "001.png", "002.png"]
-    assert Image.open(tmp_path / "drawn" / "000.png").size == Image.open(images / "000.jpg").size
+    factor = math.ceil(LEAST_SIDE / SIDE)  # small images are drawn larger
+    assert Image.open(tmp_path / "drawn" / "000.png").size == (factor * SIDE, factor * (SIDE - 16))
     assert "broken.jpg" in captured.err and "000.jpg" in captured.out
     assert predict([*common[:4], "--score", "0", "--out", str(tmp_path / "grid.png")]) == 0
     assert (tmp_path / "grid.png").is_file()

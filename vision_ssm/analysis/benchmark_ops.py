@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import layer_norm, scan_2d, selective_scan, ssd, state_fusion
+from ..ops import dcnv4, layer_norm, scan_2d, selective_scan, ssd, state_fusion
 from ..registry import suggest
 from ..scans import build_routes
 from ..scans.multi_direction import MultiDirectionScan
@@ -345,6 +345,49 @@ class StateFusionCase(OperatorCase):
 
 
 @dataclass(frozen=True)
+class DeformableCase(OperatorCase):
+    """DCNv4 with nine points and offsets of about one cell, on one branch of a high-resolution network."""
+
+    branch: int
+    height: int
+    width: int
+
+    @property
+    def dim(self) -> int:
+        return 64 * 2**self.branch
+
+    @property
+    def groups(self) -> int:
+        return self.dim // 32
+
+    @property
+    def shape(self) -> str:
+        return f"B={self.batch} {self.height}x{self.width} D={self.dim} G={self.groups}"
+
+    def small(self) -> OperatorCase:
+        return replace(self, batch=_CHECK_BATCH, height=7, width=9)
+
+    def of_image(self, size: int) -> OperatorCase:
+        side = math.ceil(size / _STRIDES[self.branch])
+        return replace(self, height=side, width=side)
+
+    def values(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        place = (self.batch, self.height, self.width)
+        numbers = 8 * math.ceil(27 * self.groups / 8)  # offsets and weights of nine points, padded as the model does
+        return {
+            "value": torch.randn(*place, self.dim, device=device, dtype=dtype),
+            "offset_mask": torch.randn(*place, numbers, device=device, dtype=dtype),
+        }
+
+    def bind(self, values: dict[str, Tensor]) -> Bound:
+        leaves = _leaves(values)
+        return Bound(lambda: dcnv4(**leaves, groups=self.groups), leaves)
+
+    def exponentials(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class RMSNormCase(OperatorCase):
     """RMS norm of the sum of a stream, in float32, and what the block before it returned.
 
@@ -377,6 +420,14 @@ class RMSNormCase(OperatorCase):
         return 0
 
 
+def _deformable_cases() -> dict[str, OperatorCase]:
+    sides = [(branch, 224 // _STRIDES[branch]) for branch in range(4)]
+    return {
+        f"dcnv4_branch{branch}": DeformableCase(128, f"HRVMamba-S, branch {branch}", branch, side, side)
+        for branch, side in sides
+    }
+
+
 def _state_fusion_cases() -> dict[str, OperatorCase]:
     sides = [(stage, 224 // _STRIDES[stage - 1]) for stage in range(1, 5)]
     return {
@@ -407,6 +458,7 @@ CASES: dict[str, OperatorCase] = {
     "ssd_tokens": SSDCase(128, "Adventurer-T at 224 x 224", 198, 8, 64, 1, 64),
     "ssd_stage1": SSDCase(128, "vmamba_tiny_m2, stage 1, four routes as groups", 3136, 24, 16, 4, 64),
     **_state_fusion_cases(),
+    **_deformable_cases(),
     "rms_norm_tokens": RMSNormCase(128, "Vim-T at 224 x 224", 197, 192),
 }
 

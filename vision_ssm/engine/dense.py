@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization import BaseVisBackend, Visualizer
 from PIL import Image
 
@@ -27,6 +29,8 @@ from .checkpoint import read_training
 from .config import UsageError
 from .hooks import finished, position_in_words
 
+LEAST_SIDE = 512
+"""Longer side, in pixels, from which a picture is drawn as large as it is."""
 TASKS = {"mmseg": "segmentation", "mmdet": "detection"}
 
 
@@ -64,8 +68,33 @@ def _local_visualizer(task: str) -> type[Visualizer]:
     return DetLocalVisualizer
 
 
+def enlarged(sample: Any, factor: int) -> Any:
+    """A copy of a data sample for its image enlarged `factor` times: maps, boxes and masks with it."""
+    if factor == 1:
+        return sample
+    copied = sample.clone()
+    for name in copied.keys():
+        part = getattr(copied, name)
+        if name.endswith("_sem_seg"):
+            data = part.data.repeat_interleave(factor, -2).repeat_interleave(factor, -1)  # (1, H, W), both larger
+            setattr(copied, name, PixelData(data=data))
+        elif name.endswith("_instances"):
+            values = dict(part.items())
+            if "bboxes" in values:
+                values["bboxes"] = values["bboxes"] * factor
+            masks = values.get("masks")
+            if isinstance(masks, torch.Tensor):  # (N, H, W), both larger
+                values["masks"] = masks.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+            elif masks is not None:
+                values["masks"] = masks.resize((masks.height * factor, masks.width * factor))
+            setattr(copied, name, InstanceData(**values))
+    return copied
+
+
 class SampleDrawer:
     """Draws results over their images: class colours, or boxes, instance masks, names and scores.
+
+    Small images are enlarged, so that there is room for names.
 
     Args:
         task: ``"segmentation"`` or ``"detection"``.
@@ -86,6 +115,8 @@ class SampleDrawer:
 
     def __call__(self, image: np.ndarray, sample: Any, truth: bool = False) -> np.ndarray:
         """image: (H, W, 3) uint8 RGB; sample: a data sample. Returns the picture; with `truth`, truth left of it."""
+        factor = max(1, math.ceil(LEAST_SIDE / max(image.shape[:2])))
+        image, sample = image.repeat(factor, 0).repeat(factor, 1), enlarged(sample, factor)
         self.visualizer.add_datasample("sample", image, sample, draw_gt=truth, show=False, **self.options)
         return self.kept.picture
 
@@ -179,7 +210,7 @@ class DensePicturesHook(Hook):
 
     priority = "LOW"
 
-    def __init__(self, count: int = 8, threshold: float = 0.3, every: int | None = None) -> None:
+    def __init__(self, count: int = 8, threshold: float = 0.5, every: int | None = None) -> None:
         if count < 1 or (every is not None and every < 1):
             raise ValueError(f"count and every must be at least 1, got {count} and {every}")
         self.count = count
