@@ -18,7 +18,7 @@ from torch import nn
 
 from vision_ssm import CheckpointError, list_models
 from vision_ssm.data import COCO_PERSON, CocoKeypoints, Draw, KeypointSet, TopDownTransform, collate_poses
-from vision_ssm.data.coco_keypoints import apply_matrix, box_region, fit_aspect, heat_maps, warp_matrix
+from vision_ssm.data.top_down import apply_matrix, box_region, fit_aspect, heat_maps, warp_matrix
 from vision_ssm.engine import (
     CocoKeypointMetric,
     HeatmapHead,

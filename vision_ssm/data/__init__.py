@@ -1,11 +1,12 @@
 """Data sets, transforms, samplers and collation for image classification and pose estimation."""
 
-from vision_ssm.data.coco_keypoints import COCO_PERSON, CocoKeypoints, KeypointSet, TopDownTransform, collate_poses
+from vision_ssm.data.coco_keypoints import CocoKeypoints, collate_poses
 from vision_ssm.data.collate import collate
 from vision_ssm.data.decode import EXTENSIONS, UnreadableImageError, load_image, read_header, to_eight_bit
 from vision_ssm.data.image_folder import ImageFolder, check_same_classes
 from vision_ssm.data.randomness import Draw, SeededDataset, seeded
 from vision_ssm.data.samplers import EpochSampler, RepeatedAugmentSampler
+from vision_ssm.data.top_down import COCO_PERSON, KeypointSet, TopDownTransform
 from vision_ssm.data.transforms import (
     build_transform,
     eval_transform,

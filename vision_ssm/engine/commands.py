@@ -1,6 +1,7 @@
 """The commands train, test and list_models; the scripts in tools/ call them."""
 
 import csv
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,9 +32,14 @@ from .runner import Runner
 
 
 def _leave_process_group() -> None:
-    """Part from the other processes: one that ends with its group open may be aborted on its way out."""
+    """Part from the other processes: one that ends with its group open may be aborted on its way out.
+
+    Threads of a group live as long as anything refers to it. A distributed model does, and is in cycles with its
+    runner: callers let go of both, and the cycles are broken here, while the interpreter is still whole.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        gc.collect()
         torch.distributed.destroy_process_group()
 
 
@@ -84,6 +90,7 @@ def train(argv: Sequence[str] | None = None) -> int:
         runner.build_training()
     with clear_errors():
         runner.train()
+    del runner
     _leave_process_group()
     return 0
 
@@ -145,6 +152,7 @@ def test(argv: Sequence[str] | None = None) -> int:
         metrics = runner.test()
         if runner.rank == 0:
             _report_test(metrics, find_evaluation(runner.test_evaluator), cfg.work_dir, args.out)
+    del runner, model, _
     _leave_process_group()
     return 0
 

@@ -19,7 +19,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor, nn
 
 from vision_ssm.data import KeypointSet, TopDownTransform, UnreadableImageError, collate_poses, load_image
-from vision_ssm.data.coco_keypoints import apply_matrix
+from vision_ssm.data.top_down import apply_matrix
 from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, suggest
 from vision_ssm.weights import CheckpointError, load_state_dict, load_weights, read_checkpoint, split_parts, unwrap
