@@ -256,6 +256,7 @@ def test_prediction_averages_the_two_classifiers(name, data, tmp_path):
     assert [value for _, value in found] == pytest.approx(expected.tolist())
 
 
+@pytest.mark.slow
 def test_two_processes(data, teacher, tmp_path):
     cfg = config(data, tmp_path / "run", teacher, epochs=1)
     cfg.dump(tmp_path / "two.py")

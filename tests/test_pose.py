@@ -727,6 +727,7 @@ def test_bf16_run_on_boxes_of_a_detector(persons, tmp_path):
     assert len(metric.evaluation.images) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(persons, tmp_path):
     states = []
     for name, batch in (("one", 4), ("two", 2)):

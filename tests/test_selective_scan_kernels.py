@@ -80,7 +80,7 @@ def test_every_cut(monkeypatch, forward, backward, states):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("length", [64, 107])
+@pytest.mark.parametrize("length", [64, 71])
 def test_stretches(monkeypatch, length, options):
     """A few long sequences are scanned in stretches at once."""
     monkeypatch.setattr(kernels, "_SHORTEST_STRETCH", 32)
