@@ -9,7 +9,7 @@ from engine_support import CONFIGS
 from mmengine.config import Config
 from mmengine.registry import HOOKS, LOG_PROCESSORS, METRICS, MODELS, PARAM_SCHEDULERS, VISBACKENDS
 
-from vision_ssm import list_models
+from vision_ssm import create_model, list_models
 from vision_ssm.data import build_transform
 from vision_ssm.engine.config import check_option
 from vision_ssm.engine.optim import ParameterGroups
@@ -27,10 +27,14 @@ def build(cfg: Config):
     """Model on the meta device and optimizer wrapper of a config; float32, because there is no GPU to ask."""
     with torch.device("meta"):
         model = MODELS.build(cfg.model)
+    return model, optimizer_of(cfg, model)
+
+
+def optimizer_of(cfg: Config, model):
     wrapper = {
         key: value for key, value in cfg.optim_wrapper.items() if key not in ("constructor", "paramwise_cfg", "type")
     }
-    return model, ParameterGroups({**wrapper, "precision": "fp32"}, cfg.optim_wrapper.get("paramwise_cfg"))(model)
+    return ParameterGroups({**wrapper, "precision": "fp32"}, cfg.optim_wrapper.get("paramwise_cfg"))(model)
 
 
 def schedule(cfg: Config, wrapper, epoch_length: int) -> list:
@@ -62,6 +66,39 @@ def test_config_builds(path):
     LOG_PROCESSORS.build({"type": "LogProcessor", **cfg.log_processor})
     if cfg.model.mixup is not None:
         assert cfg.train_dataloader.batch_size % 2 == 0 and cfg.train_dataloader.drop_last
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> dict:
+    """A small model in the place of the one that distilled models learn from."""
+    file = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save(create_model("vmamba_micro").state_dict(), file)
+    return dict(teacher="vmamba_micro", checkpoint=str(file))
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+def test_one_training_step_of_a_micro_model(path, teacher):
+    """Loss, mixing, distillation and optimizer of every config, with its family's micro model."""
+    cfg = Config.fromfile(str(path))
+    family = find_family(cfg.model.backbone.name)
+    settings = {**family.variants[cfg.model.backbone.name], **cfg.model.backbone}
+    kept = {key: settings[key] for key in ("drop_path_rate", "distilled", "in_chans") if key in settings}
+    micro = next(name for name in family.variants if name.endswith("_micro"))
+    distillation = cfg.model.get("distillation")
+    model = MODELS.build(
+        {**cfg.model, "backbone": dict(kept, name=micro), "pretrained": None, "reset_head": False,
+         "distillation": distillation and {**distillation, **teacher}}
+    )  # fmt: skip
+    if distillation:
+        model.distillation.prepare(torch.device("cpu"))
+    wrapper = optimizer_of(cfg, model)
+    before = {name: value.detach().clone() for name, value in model.backbone.named_parameters()}
+    channels = kept.get("in_chans", 3)
+    data = dict(image=torch.randn(2, channels, 64, 64), label=torch.tensor([1, 2]), path=["a.png", "b.png"])
+    losses = [model.train_step(data, wrapper)["loss"] for _ in range(wrapper.accumulative_counts)]
+    assert torch.stack(losses).isfinite().all()
+    moved = [not torch.equal(value, before[name]) for name, value in model.backbone.named_parameters()]
+    assert sum(moved) > 0.9 * len(moved)  # a dropped path may leave a block of two images without gradient
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
