@@ -53,7 +53,7 @@ model = dict(
         num_stages=3,
         stage_loss_weights=[1, 0.5, 0.25],
         bbox_roi_extractor=dict(
-            type="SingleRoIExtractor",
+            type="vision_ssm.SingleRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=7, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
@@ -64,7 +64,7 @@ model = dict(
             dict(bbox_coder=dict(target_stds=[0.033, 0.033, 0.067, 0.067], **box_coder), **box_head),
         ],
         mask_roi_extractor=dict(
-            type="SingleRoIExtractor",
+            type="vision_ssm.SingleRoIExtractor",
             roi_layer=dict(type="RoIAlign", output_size=14, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
