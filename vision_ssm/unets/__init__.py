@@ -1,0 +1,1 @@
+"""Encoder-decoders for medical image segmentation."""
