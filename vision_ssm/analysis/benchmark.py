@@ -156,7 +156,7 @@ def check_model(
             exact_logits, want = _logits_and_gradients(twin, image, gradients)
             exact_half = None if amp is None else _flat(_inference(twin, image, amp)())
     _demand(name, "logits are", _distance(logits, exact_logits), _TOLERANCE)
-    # A gradient that cancels, as that of a scale in front of a norm does, is rounding: a hundred-millionth of the largest
+    # A gradient that cancels, as that of a scale in front of a norm does, is rounding: 1e-8 of the largest one
     floor = 1e-5 * max((gradient.norm() for gradient in want.values()), default=torch.zeros(()))
     for key, exact in want.items():
         _demand(name, f"gradient of {key} is", _distance(have[key], exact, floor), _GRADIENT_TOLERANCE)
