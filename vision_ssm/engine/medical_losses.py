@@ -1,7 +1,8 @@
 """Losses of medical segmentation: cross-entropy and Dice, as the recipes of VM-UNet, MHS-VM and MSVM-UNet have them.
 
-VM-UNet (arXiv:2402.02491), MHS-VM (arXiv:2406.05992), MSVM-UNet (arXiv:2408.13735). With the options chosen here,
-MONAI's ``DiceLoss`` is their formula.
+VM-UNet (arXiv:2402.02491), MHS-VM (arXiv:2406.05992), MSVM-UNet (arXiv:2408.13735). MONAI's ``DiceLoss`` has options
+with which it is the same formula, but takes the sums of squares from norms, whose float32 rounding over a whole batch
+moves a class's loss by 1e-3; here sums are summed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,16 +14,45 @@ from torch.nn import functional
 from vision_ssm.registry import suggest
 
 KINDS = {"dice_ce": "ce", "dice_bce": "bce"}
+SMOOTH = 1e-5
+BINARY_SMOOTH = 1.0
+
+
+def dice_loss(scores: Tensor, mask: Tensor) -> Tensor:
+    """Mean over all K classes, background included, of ``1 - (2 sum(p t) + 1e-5) / (sum(p^2) + sum(t^2) + 1e-5)``.
+
+    Args:
+        scores: raw (B, K, H, W); p is their softmax. The sums go over all pixels of the batch.
+        mask: (B, H, W) integers in 0 .. K - 1; t is 1 where it names the class.
+    """
+    probabilities = scores.softmax(1)
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    target = mask[:, None] == classes[:, None, None]  # (B, K, H, W)
+    pixels = (0, 2, 3)
+    overlap = (probabilities * target).sum(pixels)  # (K,)
+    sizes = probabilities.square().sum(pixels) + target.sum(pixels)
+    return 1 - ((2 * overlap + SMOOTH) / (sizes + SMOOTH)).mean()
+
+
+def binary_dice_loss(scores: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of ``1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1)``.
+
+    Args:
+        scores: raw (B, 1, H, W); p is their sigmoid. The sums go over the pixels of an image.
+        target: t, like scores, 0 to 1.
+    """
+    probabilities = scores.sigmoid()
+    pixels = (1, 2, 3)
+    overlap = (probabilities * target).sum(pixels)  # (B,)
+    sizes = probabilities.sum(pixels) + target.sum(pixels)
+    return 1 - ((2 * overlap + BINARY_SMOOTH) / (sizes + BINARY_SMOOTH)).mean()
 
 
 class SegmentationLoss(nn.Module):
     """Weighted cross-entropy and Dice loss of raw scores, computed in float32 also under autocast.
 
-    ``dice_ce``, K classes: mean cross-entropy of the softmax; Dice is the mean over all classes, background included,
-    of ``1 - (2 sum(p t) + 1e-5) / (sum(p^2) + sum(t^2) + 1e-5)``, sums over all pixels of the batch.
-
-    ``dice_bce``, one class: mean binary cross-entropy of the sigmoid; Dice is the mean over images of
-    ``1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1)``. Masks may be soft.
+    ``dice_ce``, K classes: mean cross-entropy of the softmax, and `dice_loss`.
+    ``dice_bce``, one class: mean binary cross-entropy of the sigmoid, and `binary_dice_loss`. Masks may be soft.
 
     Args:
         kind: ``"dice_ce"`` or ``"dice_bce"``.
@@ -32,7 +62,6 @@ class SegmentationLoss(nn.Module):
             resized to each of them by nearest neighbour, and their losses are added to those of the main scores.
 
     Raises:
-        ImportError: MONAI is not installed.
         ValueError: an unknown kind, or weights that are negative, all zero, or not two.
     """
 
@@ -45,10 +74,6 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"unknown loss {kind!r}.{suggest(str(kind), KINDS)}")
-        try:
-            from monai.losses.dice import DiceLoss
-        except ImportError as error:
-            raise ImportError("the Dice loss needs MONAI: pip install vision_ssm[medical]") from error
         self.kind = kind
         self.entropy_name = KINDS[kind]
         if isinstance(weights, Mapping):
@@ -61,10 +86,6 @@ class SegmentationLoss(nn.Module):
             raise ValueError(f"deep_supervision: weights of auxiliary scores are not negative; got {deep_supervision}")
         self.weights = tuple(float(weight) for weight in weights)
         self.deep_supervision = tuple(float(weight) for weight in deep_supervision)
-        if kind == "dice_ce":
-            self.dice = DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True)
-        else:
-            self.dice = DiceLoss(sigmoid=True, smooth_nr=1.0, smooth_dr=1.0)
 
     def forward(self, scores: Tensor | Sequence[Tensor], mask: Tensor) -> dict[str, Tensor]:
         """``loss_ce`` or ``loss_bce``, and ``loss_dice``, each times its weight.
@@ -119,8 +140,8 @@ class SegmentationLoss(nn.Module):
         """Cross-entropy and Dice loss, without weights."""
         if self.kind == "dice_bce":
             target = mask[:, None].to(scores.dtype)  # (B, 1, H, W)
-            return functional.binary_cross_entropy_with_logits(scores, target), self.dice(scores, target)
-        return functional.cross_entropy(scores, mask.long()), self.dice(scores, mask[:, None])
+            return functional.binary_cross_entropy_with_logits(scores, target), binary_dice_loss(scores, target)
+        return functional.cross_entropy(scores, mask.long()), dice_loss(scores, mask)
 
 
 def _resized(mask: Tensor, scores: Tensor) -> Tensor:
