@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from vision_ssm.data.dense_report import listed
-from vision_ssm.data.medical_volume import Grid, MedicalDataError, check_affine, check_finite, optional
+from vision_ssm.data.medical_intensity import check_finite
+from vision_ssm.data.medical_volume import Grid, MedicalDataError, check_affine, optional
 
 _NEEDED = ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing", "Rows", "Columns")
 _UNEVEN = 0.05  # of the distance between slices
@@ -92,12 +93,13 @@ def _check_slice(path: Path, header: Any) -> None:
     absent = [tag for tag in _NEEDED if header.get(tag) in (None, "")]
     if absent:
         raise MedicalDataError(
-            f"{str(path)!r} lacks {', '.join(absent)}: without them nobody knows where its pixels lie. Is it a report, a"
-            " localiser or a secondary capture?"
+            f"{str(path)!r} lacks {', '.join(absent)}: without them nobody knows where its pixels lie. Is it a report,"
+            " a localiser or a secondary capture?"
         )
     if int(header.get("SamplesPerPixel", 1)) != 1 or header.get("PhotometricInterpretation") != "MONOCHROME2":
         raise MedicalDataError(
-            f"{str(path)!r} is stored as {header.get('PhotometricInterpretation')}; grey slices (MONOCHROME2) are expected"
+            f"{str(path)!r} is stored as {header.get('PhotometricInterpretation')}; grey slices"
+            " (MONOCHROME2) are expected"
         )
 
 
@@ -114,8 +116,8 @@ def _step(folder: Path, slices: list[tuple[Path, Any]], positions: np.ndarray, n
     for index in np.flatnonzero(gaps <= 1e-3).tolist():
         names = [repr(slices[i][0].name) for i in (index, index + 1)]
         raise MedicalDataError(
-            f"slices {' and '.join(names)} of {str(folder)!r} lie at the same place; is the series complete twice, or of"
-            " several time points?"
+            f"slices {' and '.join(names)} of {str(folder)!r} lie at the same place; is the series complete twice, or"
+            " of several time points?"
         )
     for index in np.flatnonzero(np.abs(gaps - typical) > max(_UNEVEN * typical, 0.01)).tolist():
         names = [repr(slices[i][0].name) for i in (index, index + 1)]

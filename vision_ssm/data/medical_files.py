@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from vision_ssm.data.dense_report import listed
+from vision_ssm.data.medical_intensity import check_finite
 from vision_ssm.data.medical_volume import (
     ORIENTATION,
     Grid,
     MedicalDataError,
     Volume,
     check_affine,
-    check_finite,
     check_orientation,
     check_same_grid,
     labels_of,
@@ -32,6 +32,10 @@ from vision_ssm.data.medical_volume import (
 
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 PathLike = str | os.PathLike
+# what NumPy and h5py raise on files that are cut off, damaged or of another kind
+_DAMAGED = (
+    OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
 
 
@@ -67,16 +71,16 @@ def read_arrays(path: PathLike, keys: Sequence[str]) -> dict[str, np.ndarray]:
             with np.load(path, allow_pickle=False) as file:
                 present = list(file)
                 found = {key: file[key] for key in (*keys, "spacing") if key in present}
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise MedicalDataError(
-            f"cannot read {str(path)!r}: {error or type(error).__name__}. The file is damaged or of another kind (pickled"
-            " objects are never loaded); make it again."
+            f"cannot read {str(path)!r}: {error or type(error).__name__}. The file is damaged or of another kind"
+            " (pickled objects are never loaded); make it again."
         ) from error
     missing = [key for key in keys if key not in found]
     if missing:
         raise MedicalDataError(
-            f"{str(path)!r} has no array {' and no '.join(map(repr, missing))}; it holds {listed(present) or 'nothing'}."
-            f" Expected: {', '.join(keys)}."
+            f"{str(path)!r} has no array {' and no '.join(map(repr, missing))}; it holds"
+            f" {listed(present) or 'nothing'}. Expected: {', '.join(keys)}."
         )
     return found
 
@@ -143,8 +147,8 @@ def _affine(image: Any, name: str) -> np.ndarray:
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if not sform and not qform:
         warnings.warn(
-            f"{name!r} does not say its orientation (sform and qform codes are 0). Its axes are taken as left, anterior,"
-            " superior, NIfTI's fallback; give orientation=None to use slices as they are stored.",
+            f"{name!r} does not say its orientation (sform and qform codes are 0). Its axes are taken as left,"
+            " anterior, superior, NIfTI's fallback; give orientation=None to use slices as they are stored.",
             stacklevel=4,
         )
     elif sform and qform and not np.allclose(image.get_sform(), image.get_qform(), atol=1e-2, rtol=1e-3):
@@ -152,8 +156,8 @@ def _affine(image: Any, name: str) -> np.ndarray:
     if min(header.get_zooms()[:3]) <= 0:
         zooms = " x ".join(f"{side:g}" for side in header.get_zooms()[:3])
         raise MedicalDataError(
-            f"{name!r} has a voxel spacing of {zooms} mm in its header; every spacing must be positive. Repair the header"
-            " (pixdim) with the spacing of the scanner."
+            f"{name!r} has a voxel spacing of {zooms} mm in its header; every spacing must be positive. Repair the"
+            " header (pixdim) with the spacing of the scanner."
         )
     scale = _MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)
     return np.diag([scale, scale, scale, 1.0]) @ affine

@@ -36,7 +36,9 @@ def _groups(cases: Sequence[str], group: str | None) -> dict[str, list[str]]:
     return groups
 
 
-def draw_split(cases: Sequence[str], val: float = 0.2, test: float = 0.0, seed: int = 42, group: str | None = None) -> Split:
+def draw_split(
+    cases: Sequence[str], val: float = 0.2, test: float = 0.0, seed: int = 42, group: str | None = None,
+) -> Split:
     """Divide cases at random.
 
     Args:
@@ -44,8 +46,8 @@ def draw_split(cases: Sequence[str], val: float = 0.2, test: float = 0.0, seed: 
         val: Fraction of the groups that validate, at least one.
         test: Fraction of the groups that test; 0: none.
         seed: Of `numpy.random.RandomState`, whose stream never changes between numpy versions.
-        group: Regular expression from the start of a name; cases that agree in it (or in its first group) stay together,
-            such as ``(case\\d+)`` for slices of one patient. None: every case for itself.
+        group: Regular expression from the start of a name; cases that agree in it (or in its first group) stay
+            together, such as ``(case\\d+)`` for slices of one patient. None: every case for itself.
 
     Returns:
         dict with ``train``, ``val`` and, if asked for, ``test``: sorted names.
@@ -113,7 +115,7 @@ def read_splits(path: str | os.PathLike) -> list[Split]:
     )  # fmt: skip
     if not good:
         raise MedicalDataError(
-            f'{str(path)!r} is no split file: expected a list of {{"train": [names], "val": [names]}}, one for each fold'
+            f'{str(path)!r} is no split file: expected a list of {{"train": [names], "val": [names]}}, one a fold'
         )
     for number, fold in enumerate(folds):
         seen: dict[str, str] = {}

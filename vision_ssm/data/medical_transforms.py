@@ -9,9 +9,9 @@
   imgaug, which is no longer maintained; they are written here with SciPy.
 - ``none``: resize only.
 
-A transform is called as ``transform(image, mask)`` with image (C, H, W) float32 and mask (H, W), int64 labels or float32
-in [0, 1] (binary, soft edges), and returns both in the new size. Randomness comes from numpy's global generator, which
-the data set seeds for each sample, so that a resumed run repeats it.
+A transform is called as ``transform(image, mask)`` with image (C, H, W) float32 and mask (H, W), int64 labels or
+float32 in [0, 1] (binary, soft edges), and returns both in the new size. Randomness comes from numpy's global
+generator, which the data set seeds for each sample, so that a resumed run repeats it.
 """
 
 import math
@@ -89,12 +89,12 @@ def synapse_transform(size: int | Sequence[int] = 224, *, degrees: int = 20) -> 
 def isic_transform(size: int | Sequence[int] = 256, *, angle: float | None = None) -> MedicalTransform:
     """VM-UNet's augmentation of dermoscopy images: both flips and a rotation, each with probability 1/2, then resize.
 
-    Image and binary mask are resized bilinearly, which leaves soft edges in the mask; int64 labels by nearest neighbour.
+    Image and binary mask are resized bilinearly, which leaves soft edges in the mask; int64 labels by nearest.
 
     Args:
         size: Side, or (height, width), of the output.
-        angle: Of the rotation in degrees. None draws it anew for every sample. The authors' code draws it once, when the
-            transform is made, and keeps it for the whole training; give a number to do the same.
+        angle: Of the rotation in degrees. None draws it anew for every sample. The authors' code draws it once, when
+            the transform is made, and keeps it for the whole training; give a number to do the same.
     """
     target = list(_as_size(size))
 

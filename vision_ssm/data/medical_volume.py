@@ -105,8 +105,8 @@ def check_affine(affine: np.ndarray, path: str) -> None:
     angle = math.degrees(math.asin(min(float(cosines), 1.0)))
     if angle > _SHEAR:
         warnings.warn(
-            f"{path!r} has axes {angle:.1f} degrees off a right angle (sheared affine). Slices are used as they are, and"
-            " distances in millimetres take the axes as perpendicular; resample the file if that matters.",
+            f"{path!r} has axes {angle:.1f} degrees off a right angle (sheared affine). Slices are used as they are,"
+            " and distances in millimetres take the axes as perpendicular; resample the file if that matters.",
             stacklevel=3,
         )
 
@@ -176,8 +176,8 @@ def check_same_grid(image: Grid, mask: Grid, image_path: str, mask_path: str) ->
     """
     if image.shape != mask.shape:
         raise MedicalDataError(
-            f"image {image_path!r} is {_times(image.shape)} voxels, its label map {mask_path!r} {_times(mask.shape)} (in"
-            " the same orientation). Resample the label map onto the image's grid, order 0."
+            f"image {image_path!r} is {_times(image.shape)} voxels, its label map {mask_path!r} {_times(mask.shape)}"
+            " (in the same orientation). Resample the label map onto the image's grid, order 0."
         )
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=np.float64)
     corners[:, :3] *= np.array(image.shape) - 1
@@ -223,45 +223,3 @@ def labels_of(values: np.ndarray, path: str, num_classes: int | None = None) -> 
             f" (background included) have the labels 0 to {num_classes - 1}. Name more classes, or map these labels."
         )
     return labels
-
-
-def check_finite(values: np.ndarray, path: str) -> None:
-    """Raise `MedicalDataError` if an image holds values that are not finite."""
-    wrong = values.size - int(np.isfinite(values).sum())
-    if wrong:
-        raise MedicalDataError(
-            f"image {path!r} holds {wrong} of {values.size} values that are not finite; replace them (often by the"
-            " value of air) before training"
-        )
-
-
-def check_range(values: np.ndarray, path: str, low: float, high: float) -> None:
-    """Raise `MedicalDataError` if intensities that must be scaled to [low, high] are not."""
-    least, most = float(values.min()), float(values.max())
-    slack = 1e-3 * (high - low)
-    if least < low - slack or most > high + slack:
-        raise MedicalDataError(
-            f"image {path!r} has intensities from {least:g} to {most:g}; this set is scaled to [{low:g}, {high:g}] (a CT"
-            " clipped to [-125, 275] HU and scaled). Convert it (python tools/prepare_data.py nifti), or give"
-            " value_range=None if that is what it should be."
-        )
-
-
-def check_hounsfield(values: np.ndarray, path: str) -> None:
-    """Raise `MedicalDataError` if intensities that must be Hounsfield units look like another unit.
-
-    In Hounsfield units air is -1000 and fat -100, so a picture of a body holds values well below zero and above it.
-    """
-    least, most = float(values.min()), float(values.max())
-    if -2 <= least and most <= 2:
-        found = "it looks scaled already. Give window=None, or the values in Hounsfield units"
-    elif least >= 0 and most > 255:
-        found = "it looks unsigned (HU + 1024?) or like another modality. Give rescale=(1, -1024), or window=None"
-    elif least >= 0:
-        found = "it looks like 8-bit grey levels or another modality. Give window=None, or Hounsfield units"
-    else:
-        return
-    raise MedicalDataError(
-        f"image {path!r} has intensities from {least:g} to {most:g}, but a window in Hounsfield units (air -1000, water"
-        f" 0) is to be applied: {found}."
-    )
