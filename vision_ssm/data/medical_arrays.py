@@ -47,7 +47,7 @@ def listed_files(
     """
     folder = next((root / name for name in folders if (root / name).is_dir()), None)
     if folder is None:
-        raise MedicalDataError(missing(root / folders[0], f"folder of split {split!r}, a folder"))
+        raise MedicalDataError(missing(root / folders[0], f"{split} folder"))
     if list_dir is not None:
         file = Path(list_dir).expanduser() / f"{split}.txt"
         if not file.is_file():
