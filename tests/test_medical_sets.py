@@ -150,6 +150,8 @@ def test_lists_elsewhere_and_absent(tmp_path):
         SynapseSlices(root, list_dir=tmp_path / "mine")
     (tmp_path / "mine" / "train.txt").write_text("case0005_slice002\n")
     assert SynapseSlices(root, list_dir=tmp_path / "mine").cases() == ["case0005_slice002"]
+    (root / "lists" / "lists_Synapse" / "val.txt").write_text("case0005_slice000\n")
+    assert SynapseSlices(root, "val").cases() == ["case0005_slice000"]
     (tmp_path / "mine" / "train.txt").write_text("\n")
     with pytest.raises(MedicalDataError, match="is empty"):
         SynapseSlices(root, list_dir=tmp_path / "mine")
