@@ -9,7 +9,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +87,7 @@ def read_arrays(path: PathLike, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _nibabel_errors(path: Path):
+def _nibabel_errors(path: Path) -> Iterator[ModuleType]:
     nibabel = optional("nibabel")
     damaged = (
         OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
