@@ -1,4 +1,4 @@
-"""Training and evaluation on mmengine: classifier, poses, optimizer groups, exact resume, hooks, metrics."""
+"""Training and evaluation on mmengine: classifier, poses, medical volumes, optimizer groups, resume, hooks, metrics."""
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
@@ -15,6 +15,10 @@ from .hooks import (
     find_non_finite,
 )
 from .loops import EpochTrainLoop, IterTrainLoop
+from .medical_inference import keep_largest, predict_volume
+from .medical_losses import SegmentationLoss
+from .medical_metrics import GlobalMetric, VolumeEvaluation, VolumeMetric
+from .medical_scores import VolumeScores, score_volume
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
 from .pose import HeatmapHead, PosePredictor, TopDownPose, load_pose_weights
@@ -31,6 +35,7 @@ __all__ = [
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
+    "GlobalMetric",
     "GraphedCall",
     "HeatmapHead",
     "ImageBatch",
@@ -48,16 +53,23 @@ __all__ = [
     "RecordHook",
     "Runner",
     "SampleDrawer",
+    "SegmentationLoss",
     "TopDownPose",
+    "VolumeEvaluation",
+    "VolumeMetric",
+    "VolumeScores",
     "build_loss",
     "distillation_loss",
     "draw_pose_grid",
     "draw_poses",
     "find_non_finite",
+    "keep_largest",
     "load_pose_weights",
     "object_keypoint_similarity",
     "oks_nms",
     "parameter_groups",
+    "predict_volume",
     "read_training",
+    "score_volume",
     "write_checkpoint",
 ]
