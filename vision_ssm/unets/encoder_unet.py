@@ -39,7 +39,9 @@ def build_encoder(spec: str | Mapping[str, Any], in_chans: int) -> Backbone:
     Raises:
         KeyError: unknown name. TypeError: unknown keyword, or one that the U-Net decides. Both with suggestions.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec) if isinstance(spec, Mapping) else {}
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else {}
+    if isinstance(spec, Mapping):
+        options = dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise TypeError(f"encoder is a backbone's name or dict(name=..., **overrides), got {spec!r}")

@@ -10,6 +10,8 @@ route attention is no parameter: `mhsvm_4h` has the one of ISIC18, `mhsvm_4h_isi
 
 from typing import Any
 
+import torch
+
 from ..backbones.family import register_family
 from ..backbones.official import official_settings
 from ..scans.multi_head import convert_multi_heads
@@ -26,7 +28,10 @@ class MHSVM(VMUNet):
 
     family = "mhsvm"
     default_scan = dict(type="multi_head", heads=_HEADS, state_dim=16, threshold=0.0)
-    convert_scans = staticmethod(convert_multi_heads)
+
+    @staticmethod
+    def convert_scans(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return convert_multi_heads(state_dict)
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:

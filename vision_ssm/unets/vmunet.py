@@ -8,7 +8,7 @@ added at its own resolution in front of the patch expanding; the finest skip is 
 inside the model where there is one class; here scores are raw.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,9 +52,6 @@ class VMUNet(UNet):
     family = "vmunet"
     default_scan: ClassVar[dict[str, Any]] = dict(type="multi_direction", expand=2.0, state_dim=16)
     """Strategy and options of the blocks, of which a dict without a type replaces some."""
-    convert_scans: ClassVar[Callable[[dict], dict]] = staticmethod(convert_mixers)
-    """Original parameters of the scans under our names."""
-
     def __init__(
         self,
         *,
@@ -124,6 +121,11 @@ class VMUNet(UNet):
                     report.loaded.append(ours)
                 else:
                     report.ignored.setdefault("decoder block that the file does not have, as it was", []).append(ours)
+
+    @staticmethod
+    def convert_scans(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Original parameters of the scans under our names; other entries are kept."""
+        return convert_mixers(state_dict)
 
     @classmethod
     def recognises(cls, keys: set[str]) -> bool:
