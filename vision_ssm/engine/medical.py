@@ -13,10 +13,10 @@ from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from torch import Tensor
 
-from vision_ssm.data.medical import Volume
+from vision_ssm.data.medical_volume import Volume
 from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, check_keywords, suggest
-from vision_ssm.unets import load_encoder_weights
+from vision_ssm.unets import load_encoder
 
 from .medical_inference import keep_largest, predict_volume
 from .medical_losses import SegmentationLoss
@@ -135,7 +135,7 @@ class MedicalSegmentor(BaseModel):
         self.num_classes = num_classes
         self.unet = create_model(arguments.pop("name"), num_classes=num_classes, **arguments)
         if pretrained is not None:
-            report = load_encoder_weights(self.unet, pretrained)
+            report = load_encoder(self.unet, pretrained, verbose=False)
             print_log(f"Pretrained weights of the encoder: {report}", logger="current")
         check_keywords(SegmentationLoss.__init__, loss, "loss")
         self.loss = SegmentationLoss(**loss)
