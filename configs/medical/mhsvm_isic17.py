@@ -4,5 +4,5 @@ _base_ = [
     "../_base_/medical_runtime.py", "../_base_/models/unet_binary.py",
     "../_base_/datasets/isic17_256.py", "../_base_/schedules/medical_300e_adamw_cosine50.py",
 ]
-model = dict(unet=dict(name="mhsvm_4h", threshold=0.0))
+model = dict(unet=dict(name="mhsvm_4h_isic17"))
 train_cfg = dict(val_begin=101)

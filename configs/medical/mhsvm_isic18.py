@@ -4,5 +4,5 @@ _base_ = [
     "../_base_/medical_runtime.py", "../_base_/models/unet_binary.py",
     "../_base_/datasets/isic18_256.py", "../_base_/schedules/medical_300e_adamw_cosine50.py",
 ]
-model = dict(unet=dict(name="mhsvm_4h", threshold=0.5))
+model = dict(unet=dict(name="mhsvm_4h"))
 train_cfg = dict(val_begin=101)

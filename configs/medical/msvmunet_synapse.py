@@ -7,3 +7,4 @@ model = dict(
     unet=dict(name="msvmunet_tiny"), loss=dict(weights=(0.4, 0.6)), normalize=dict(mean=0.5, std=0.5),
     pretrained="checkpoints/vssm1_tiny_0230s_ckpt_epoch_264.pth",
 )
+train_dataloader = dict(dataset=dict(transform=dict(policy="msvmunet")))

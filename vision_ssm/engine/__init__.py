@@ -15,6 +15,10 @@ from .hooks import (
     find_non_finite,
 )
 from .loops import EpochTrainLoop, IterTrainLoop
+from .medical import IntensityScale, MedicalBatch, MedicalSegmentor
+from .medical_figures import draw_montage, overlay
+from .medical_hooks import FreezeEncoderHook, MedicalPicturesHook, StopOnPlateauHook
+from .medical_predict import MedicalPredictor
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
 from .pose import HeatmapHead, PosePredictor, TopDownPose, load_pose_weights
@@ -31,11 +35,17 @@ __all__ = [
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
+    "FreezeEncoderHook",
     "GraphedCall",
     "HeatmapHead",
     "ImageBatch",
     "ImageClassifier",
+    "IntensityScale",
     "IterTrainLoop",
+    "MedicalBatch",
+    "MedicalPicturesHook",
+    "MedicalPredictor",
+    "MedicalSegmentor",
     "MixedPrecisionOptimWrapper",
     "NonFiniteError",
     "NonFiniteHook",
@@ -48,15 +58,18 @@ __all__ = [
     "RecordHook",
     "Runner",
     "SampleDrawer",
+    "StopOnPlateauHook",
     "TopDownPose",
     "build_loss",
     "distillation_loss",
+    "draw_montage",
     "draw_pose_grid",
     "draw_poses",
     "find_non_finite",
     "load_pose_weights",
     "object_keypoint_similarity",
     "oks_nms",
+    "overlay",
     "parameter_groups",
     "read_training",
     "write_checkpoint",

@@ -27,39 +27,24 @@ INFERENCE = ("size", "window", "overlap", "flips", "batch", "amp")
 
 
 class IntensityScale:
-    """What becomes of the intensities before the network sees them; the same in training and evaluation.
+    """``(x - mean) / std``: what becomes of the data set's intensities before the network sees them, in training and in
+    evaluation.
 
     Args:
-        mean, std: ``(x - mean) / std``; numbers, or one per channel.
-        span: (low, high): each image, all of its channels together, is stretched so that its least value becomes `low`
-            and its largest `high`. A constant image becomes `low`.
+        mean, std: numbers, or one per channel.
 
     Raises:
-        ValueError: both or neither are given, a std that is not positive, or an empty span.
+        ValueError: a std that is not positive.
     """
 
-    def __init__(
-        self,
-        mean: float | Sequence[float] | None = None,
-        std: float | Sequence[float] | None = None,
-        span: Sequence[float] | None = None,
-    ) -> None:
-        if (mean is None) != (std is None) or (mean is None) == (span is None):
-            raise ValueError("normalize takes mean and std, or span=(low, high), or is None to leave images as they are")
-        if std is not None and not np.all(np.asarray(std) > 0):
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+        if not np.all(np.asarray(std) > 0):
             raise ValueError(f"normalize: std must be positive, got {std}")
-        if span is not None and (len(span) != 2 or not span[0] < span[1]):
-            raise ValueError(f"normalize: span is (low, high) with low < high, got {span}")
-        self.mean, self.std, self.span = mean, std, span
+        self.mean, self.std = (np.asarray(value, dtype=np.float32).reshape(-1, 1, 1) for value in (mean, std))
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float to the same, scaled."""
-        if self.span is not None:
-            low = images.amin((1, 2, 3), keepdim=True)
-            height = (images.amax((1, 2, 3), keepdim=True) - low).clamp(min=torch.finfo(images.dtype).tiny)
-            return self.span[0] + (images - low) / height * (self.span[1] - self.span[0])
-        mean, std = (images.new_tensor(value).reshape(-1, 1, 1) for value in (self.mean, self.std))  # (C or 1, 1, 1)
-        return (images - mean) / std
+        return (images - images.new_tensor(self.mean)) / images.new_tensor(self.std)
 
 
 @MODELS.register_module()
@@ -228,7 +213,7 @@ class MedicalSegmentor(BaseModel):
         options = {**self.inference, **self._checked(inference)}
         kept = options.pop("keep_largest", None)
         if self.scale is not None:
-            image = np.concatenate([self.scale(torch.from_numpy(part)[None]).numpy() for part in image])  # (D, C, H, W)
+            image = self.scale(torch.from_numpy(image)).numpy()
         labels = predict_volume(self.unet, image, device=next(self.parameters()).device, **options)
         if kept is None or kept is False:
             return labels

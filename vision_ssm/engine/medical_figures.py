@@ -1,41 +1,25 @@
-"""Masks over slices: overlays, montages of a volume, and the pictures and tables that a run leaves behind."""
+"""Masks over slices: overlays, and montages of a volume."""
 
-import csv
-import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
 from PIL import Image
-from rich.table import Table
 
-from vision_ssm.registry import HOOKS
+from vision_ssm.data.medical_base import class_palette
 
 from .figures import draw_pictures
-from .hooks import position_in_words
 
 LEAST_SIDE = 256
 """Shorter side, in pixels, that a slice is enlarged to before it is drawn."""
-PALETTE = (
-    (0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
-    (204, 121, 167), (148, 103, 189), (140, 86, 75), (23, 190, 207), (188, 189, 34),
-)  # fmt: skip
-"""Colours of classes without a palette of their own: background, then as many as wanted, repeated."""
 OPACITY = 0.35
 
 
 def class_colors(meta: Mapping[str, Any] | None, count: int) -> np.ndarray:
-    """(count, 3) uint8: the palette of a data set's ``metainfo``, or `PALETTE`."""
-    given = (meta or {}).get("palette")
-    if given is not None and len(given) >= count:
-        return np.asarray(given, dtype=np.uint8)[:count]
-    return np.asarray([PALETTE[index if index < len(PALETTE) else 1 + (index - 1) % (len(PALETTE) - 1)]
-                       for index in range(count)], dtype=np.uint8)  # fmt: skip
+    """(count, 3) uint8: the palette of a data set's ``metainfo`` as far as it goes, and `class_palette`."""
+    given = list((meta or {}).get("palette") or ())[:count]
+    return np.asarray([*given, *class_palette(count)[len(given) :]], dtype=np.uint8)
 
 
 def grey_range(image: np.ndarray) -> tuple[float, float]:

@@ -1,13 +1,24 @@
-"""Hooks of medical training: a frozen encoder in the first epochs, and a stop when the training loss stands still."""
+"""Hooks of medical runs: an encoder that rests at first, a stop when the loss stands still, pictures and tables."""
 
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from vision_ssm.registry import HOOKS
 
-from .hooks import RecordHook, counts_iterations
+from .checkpoint import write_text
+from .figures import draw_pictures
+from .hooks import RecordHook, counts_iterations, finished, position_in_words
+from .medical_figures import class_colors, grey_range, overlay, picture_of_slice, shown_slices
+from .medical_metrics import VolumeEvaluation, VolumeMetric
+from .medical_scores import SCORES
 
 
 @HOOKS.register_module()
@@ -82,3 +93,108 @@ class StopOnPlateauHook(Hook):
             raise ValueError("StopOnPlateauHook needs RecordHook, whose losses it reads: keep default_hooks.record")
         losses = [row["train_loss"] for row in record.epochs() if row["epoch"] <= done]
         return bool(losses) and done - (losses.index(min(losses)) + 1) >= self.patience
+
+
+def find_volumes(evaluator: Any) -> VolumeEvaluation | None:
+    """What the `VolumeMetric` of an evaluator has found last, or None."""
+    return next((metric.evaluation for metric in evaluator.metrics if isinstance(metric, VolumeMetric)), None)
+
+
+def class_summary(evaluation: VolumeEvaluation) -> dict[str, Any]:
+    """Scores per class and their means as plain values for JSON; None where a score is not defined."""
+    means, counts = evaluation.class_means(), evaluation.outcome_counts()
+
+    def plain(value: float) -> float | None:
+        return None if math.isnan(value) else float(value)
+
+    return dict(
+        cases=len(evaluation.cases),
+        empty_masks=evaluation.rule,
+        mean={name: plain(value) for name, value in evaluation.means().items()},
+        classes={
+            name: {
+                **{score: plain(means[score][index]) for score in SCORES},
+                **{outcome: int(found[index]) for outcome, found in counts.items()},
+            }
+            for index, name in enumerate(evaluation.classes)
+        },
+    )
+
+
+@HOOKS.register_module()
+class MedicalPicturesHook(Hook):
+    """Draws predictions.png, truth left of prediction, and writes per_case.csv and per_class.json, after the last
+    validation and after a test.
+
+    Args:
+        count: slices in the picture, spread over the volumes and in each over the slices with foreground.
+        every: also after every so many validations; None for the end only.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, count: int = 12, every: int | None = None) -> None:
+        if count < 1 or (every is not None and every < 1):
+            raise ValueError(f"count and every must be at least 1, got {count} and {every}")
+        self.count = count
+        self.every = every
+        self.validations = 0
+        self.pictures: list[tuple[str, np.ndarray]] = []
+        self.seen = 0
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self.pictures, self.seen = [], 0
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.pictures, self.seen = [], 0
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self._wanted(runner):
+            self._keep(runner.val_dataloader.dataset, data_batch, outputs)
+
+    def after_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._keep(runner.test_dataloader.dataset, data_batch, outputs)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self._wanted(runner):
+            self._write(runner, runner.val_evaluator, f"Validation after {position_in_words(runner)}")
+        self.validations += 1
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self._write(runner, runner.test_evaluator, "Test")
+
+    def _wanted(self, runner: Runner) -> bool:
+        stopped = getattr(runner.train_loop, "stop_training", False)
+        due = self.every is not None and (self.validations + 1) % self.every == 0
+        return finished(runner) or stopped or due
+
+    def _keep(self, dataset: Any, data_batch: Any, outputs: Sequence[Mapping[str, Any]]) -> None:
+        """Draw slices of the volumes of a batch, as many as their share of `count`."""
+        if not is_main_process():
+            return
+        share = math.ceil(self.count / len(dataset))
+        step = max(1, len(dataset) // self.count)
+        for volume, found in zip(data_batch["volume"], outputs, strict=True):
+            self.seen += 1
+            if len(self.pictures) >= self.count or (self.seen - 1) % step:
+                continue
+            labels, target = found["prediction"], found["target"]
+            colors = class_colors(dataset.metainfo, int(max(labels.max(), target.max())) + 1)
+            limits = grey_range(volume.image)
+            for place in shown_slices(np.maximum(labels, target), min(share, self.count - len(self.pictures))):
+                picture = picture_of_slice(volume.image[place], limits)
+                both = [overlay(picture, part[place], colors, volume.spacing[1:]) for part in (target, labels)]
+                name = f"{volume.case} slice {place}" if len(volume.image) > 1 else volume.case
+                self.pictures.append((name, np.concatenate(both, axis=1)))
+
+    def _write(self, runner: Runner, evaluator: Any, title: str) -> None:
+        if not is_main_process():
+            return
+        folder = Path(runner.work_dir)
+        if self.pictures:
+            draw_pictures(self.pictures, folder / "predictions.png", f"{title}: truth left, prediction right")
+        self.pictures = []
+        evaluation = find_volumes(evaluator)
+        if evaluation is not None:
+            evaluation.write_csv(folder / "per_case.csv")
+            write_text(json.dumps(class_summary(evaluation), indent=1) + "\n", folder / "per_class.json")

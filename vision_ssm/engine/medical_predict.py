@@ -1,6 +1,7 @@
 """Prediction of whole volumes and images with a trained U-Net: NIfTI in and NIfTI out, on the same voxels."""
 
 import argparse
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +14,26 @@ from PIL import Image
 from rich.table import Table
 
 from vision_ssm.data import EXTENSIONS, UnreadableImageError
+from vision_ssm.data.medical_base import CLASS_SETS, class_palette
 from vision_ssm.data.medical_cases import Case, Reading
 from vision_ssm.data.medical_files import read_arrays, stem_of, write_nifti
-from vision_ssm.data.medical_intensity import ABDOMEN_WINDOW
+from vision_ssm.data.medical_intensity import ABDOMEN_WINDOW, stretched
 from vision_ssm.data.medical_pictures import read_picture
 from vision_ssm.data.medical_volume import MedicalDataError, Volume
-from vision_ssm.registry import DATASETS, MODELS
+from vision_ssm.registry import MODELS
 from vision_ssm.weights import load_weights, read_checkpoint
 
 from .config import UsageError
 from .console import wide_console
 from .medical import MedicalSegmentor
 from .medical_figures import draw_montage, save_overlays
+from .medical_inference import FLIPS
 
 ARRAYS = (".h5", ".hdf5", ".npz")
+FLAGS = (
+    "volume", "flips", "sliding_window", "overlap", "keep_largest", "intensities", "montage", "overlays",
+)  # fmt: skip
+"""What `add_medical_flags` adds."""
 
 
 class MedicalPredictor:
@@ -37,6 +44,7 @@ class MedicalPredictor:
         reading: orientation and intensities of NIfTI files and DICOM series.
         meta: ``metainfo`` of the data set: ``classes``, background first, and ``palette``.
         channels: of image files, 1 or 3.
+        stretch: image files are stretched to 0 .. 255, as the ISIC data sets are; else they are in [0, 1].
         device: where to compute; a GPU if there is one by default.
     """
 
@@ -46,11 +54,13 @@ class MedicalPredictor:
         reading: Reading,
         meta: Mapping[str, Any] | None = None,
         channels: int = 3,
+        stretch: bool = False,
         device: str | None = None,
     ) -> None:
         self.model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.reading = reading
         self.channels = channels
+        self.stretch = stretch
         self.meta = dict(meta or {})
         count = max(model.num_classes, 2)
         if len(self.meta.get("classes") or ()) != count:
@@ -95,7 +105,8 @@ class MedicalPredictor:
         for key in ("window", "rescale"):
             if kept.get(key) is not None:
                 kept[key] = tuple(kept[key])
-        return cls(model, Reading(**kept), _meta(checkpoint, dataset), dataset.get("channels", 3), device)
+        meta, channels = _meta(checkpoint, dataset), dataset.get("channels", 3)
+        return cls(model, Reading(**kept), meta, channels, "Isic" in str(dataset.type), device)
 
     def read(self, path: str | Path) -> Volume:
         """A volume or image as the model takes it.
@@ -109,7 +120,9 @@ class MedicalPredictor:
         """
         text = str(path)
         if text.lower().endswith(EXTENSIONS):
-            return picture_volume(text, self.channels)
+            image = read_picture(text, self.channels)
+            image = stretched(image) if self.stretch else image
+            return Volume(image[None], None, (1.0, 1.0, 1.0), None, Path(text).stem)  # (1, C, H, W)
         if text.lower().endswith(ARRAYS):
             return _array_volume(text)
         parts = tuple(Path(part) for part in text.split(",")) if "," in text and not Path(text).exists() else (Path(text),)
@@ -143,18 +156,15 @@ class MedicalPredictor:
 
 
 def _meta(checkpoint: str | Path, dataset: Mapping[str, Any]) -> dict[str, Any]:
-    """Classes and palette: those that training stored, else those of the data set's class."""
+    """Classes and palette that training stored in a checkpoint, else the classes of the data set's config."""
     content = read_checkpoint(checkpoint)
     stored = content.get("meta") if isinstance(content, dict) else None
     found = (stored.get("dataset_meta") if isinstance(stored, dict) else None) or {}
     if found.get("classes"):
         return dict(found)
-    return dict(dataset.get("metainfo") or getattr(DATASETS.get(dataset["type"]), "METAINFO", None) or {})
-
-
-def picture_volume(path: str | Path, channels: int = 3) -> Volume:
-    """An image file as a volume of one slice without a place in the world."""
-    return Volume(read_picture(path, channels)[None], None, (1.0, 1.0, 1.0), None, Path(path).stem)  # (1, C, H, W)
+    named = dataset.get("classes")
+    named = CLASS_SETS.get(named, ()) if isinstance(named, str) else tuple(named or ())
+    return dict(classes=named, palette=class_palette(len(named)))
 
 
 def is_picture(volume: Volume) -> bool:
@@ -205,7 +215,7 @@ def given_inference(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords of `MedicalSegmentor.predict_labels` from the flags that were given."""
     found: dict[str, Any] = {}
     if args.flips:
-        found["flips"] = FLIPS
+        found["flips"] = tuple(FLIPS)
     if args.sliding_window is not None:
         found.update(window=tuple(args.sliding_window), size=None)
     if args.overlap is not None:
@@ -215,42 +225,55 @@ def given_inference(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def predict_medical(cfg: Config, checkpoint: str, pictures: Sequence[Path], args: argparse.Namespace) -> int:
+def check_medical_flags(args: argparse.Namespace, model: str) -> None:
+    """`UsageError` if a flag of medical images was given for another `model`."""
+    given = [name for name in FLAGS if getattr(args, name) not in (None, [], False)]
+    if given:
+        raise UsageError(f"--{given[0].replace('_', '-')} is for medical images; the model is {model}")
+
+
+def predict_medical(
+    cfg: Config, checkpoint: str, pictures: Sequence[Path], args: argparse.Namespace, folder: str
+) -> int:
     """Predict the volumes and pictures of a command line: masks, what was asked for beside them, and a table."""
+    out = Path(folder)
+    if out.suffix:
+        raise UsageError(f"--out {folder} should be a folder: every volume and image gets a mask of its own")
     span = tuple(args.intensities) if args.intensities else None
     predictor = MedicalPredictor.from_config(cfg, checkpoint, args.device, span)
-    inference = given_inference(args)
-    out = Path(args.out)
-    if out.suffix:
-        raise UsageError(f"--out {args.out} should be a folder: every volume and image gets a mask of its own")
-    files: list[str | Path] = [*args.volume, *pictures]
-    console = wide_console()
     names = predictor.classes[1:]
-    table = Table("case", "D x H x W", *(f"{name}, ml" if args.volume else f"{name}, %" for name in names), "mask")
+    unit = "ml" if args.volume else "%"
+    table = Table("case", "D x H x W", *(f"{name}, {unit}" for name in names), "mask")
+    files: list[str | Path] = [*args.volume, *pictures]
     done: dict[str, str] = {}
-    for path in files:
-        try:
-            volume = predictor.read(path)
-        except (MedicalDataError, UnreadableImageError) as error:
-            if len(files) == 1:
-                raise
-            warnings.warn(f"{error}; left out", stacklevel=2)
-            continue
-        if volume.case in done:
-            raise UsageError(f"{done[volume.case]} and {path} would be written to one file: predict them one by one")
-        done[volume.case] = str(path)
-        labels = predictor(volume, **inference)
-        mask = predictor.save(volume, labels, out)
-        if args.montage or is_picture(volume):
-            title = f"{volume.case}: {', '.join(names)}"
-            draw_montage(volume.image, labels, out / f"{volume.case}_montage.png", title, predictor.meta, volume.spacing)
-        if args.overlays:
-            save_overlays(volume.image, labels, out / f"{volume.case}_overlays", predictor.meta, volume.spacing)
-        counts = np.bincount(labels.ravel(), minlength=len(predictor.classes))[1:]
-        scale = 100 / labels.size if not args.volume else float(np.prod(volume.spacing)) / 1000
-        size = " x ".join(map(str, labels.shape))
-        table.add_row(volume.case, size, *(f"{count * scale:.2f}" for count in counts), str(mask))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        for path in files:
+            try:
+                volume = predictor.read(path)
+            except (MedicalDataError, UnreadableImageError) as error:
+                if len(files) == 1:
+                    raise
+                warnings.warn(f"{error}; left out", stacklevel=2)
+                continue
+            if volume.case in done:
+                raise UsageError(f"{done[volume.case]} and {path} would be written to one file: predict them one by one")
+            done[volume.case] = str(path)
+            labels = predictor(volume, **given_inference(args))
+            mask = predictor.save(volume, labels, out)
+            if args.montage or is_picture(volume):
+                place = out / f"{volume.case}_montage.png"
+                title = f"{volume.case}: {', '.join(names)}"
+                draw_montage(volume.image, labels, place, title, predictor.meta, volume.spacing)
+            if args.overlays:
+                save_overlays(volume.image, labels, out / f"{volume.case}_overlays", predictor.meta, volume.spacing)
+            counts = np.bincount(labels.ravel(), minlength=len(predictor.classes))[1:]
+            scale = float(np.prod(volume.spacing)) / 1000 if args.volume else 100 / labels.size
+            size = " x ".join(map(str, labels.shape))
+            table.add_row(volume.case, size, *(f"{count * scale:.2f}" for count in counts), str(mask))
+    for warning in caught:
+        print(f"warning: {warning.message}", file=sys.stderr)
     if not done:
-        raise UsageError("none of the volumes could be read")
-    console.print(table)
+        raise UsageError("none of the volumes and images could be read")
+    wide_console().print(table)
     return 0

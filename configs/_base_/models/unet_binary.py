@@ -1,11 +1,10 @@
-# One foreground class through a sigmoid; images stretched to 0 .. 255 each, binary cross-entropy and Dice in equal parts.
-# A leaf config names the U-Net.
+# One foreground class through a sigmoid, binary cross-entropy and Dice in equal parts. A leaf config names the U-Net.
 model = dict(
     type="vision_ssm.MedicalSegmentor",
     unet=dict(name="vmunet_isic"),
     num_classes=1,
     loss=dict(kind="dice_bce", weights=(1.0, 1.0)),
-    normalize=dict(span=(0.0, 255.0)),
+    normalize=None,
     inference=dict(size=(256, 256)),
     pretrained=None,
 )
