@@ -11,8 +11,8 @@ import vision_ssm
 
 PACKAGE = Path(vision_ssm.__file__).parent
 # from the ground up; a room may import from its own floor's rooms named beside it and from everything below
-FLOORS = [{"registry", "version"}, {"kernels"}, {"ops"}, {"layers"}, {"scans"}, {"backbones"}, {"weights"}, {"factory"}]
-BLOCK_FOLDERS = ("layers", "scans", "backbones")
+FLOORS = [{"registry", "version"}, {"kernels"}, {"ops"}, {"layers"}, {"scans"}, {"backbones"}, {"weights"}, {"unets"}, {"factory"}]
+BLOCK_FOLDERS = ("layers", "scans", "backbones", "unets")
 SMALLEST = 4  # statements; shorter functions may well be alike
 
 

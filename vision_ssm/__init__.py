@@ -7,8 +7,9 @@ _HERE = Path(__file__).resolve().parent
 if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_HERE.parent))
 
-from .factory import create_model, import_official, list_models  # noqa: E402
+from .factory import create_model, import_official, list_models, list_unets  # noqa: E402
 from .scans import build_routes, build_scan, list_routes, list_scans  # noqa: E402
+from .unets import load_encoder  # noqa: E402
 from .version import __version__  # noqa: E402
 from .weights import CheckpointError, LoadReport, load_weights  # noqa: E402
 
@@ -23,5 +24,7 @@ __all__ = [
     "list_models",
     "list_routes",
     "list_scans",
+    "list_unets",
+    "load_encoder",
     "load_weights",
 ]

@@ -1,6 +1,6 @@
 """Registries of the library, all on `mmengine.Registry` with scope ``vision_ssm``.
 
-`ROUTES`, `SCANS` and `BACKBONES` are the library's own vocabulary. The others are children of mmengine's root
+`ROUTES`, `SCANS`, `BACKBONES` and `UNETS` are the library's own vocabulary. The others are children of mmengine's root
 registries, so that a config may name our classes (``type="vision_ssm.ImageClassifier"``) wherever mmengine builds.
 """
 
@@ -17,6 +17,7 @@ SCOPE = "vision_ssm"
 ROUTES = Registry("route", scope=SCOPE, locations=["vision_ssm.scans"])
 SCANS = Registry("scan", scope=SCOPE, locations=["vision_ssm.scans"])
 BACKBONES = Registry("backbone", scope=SCOPE, locations=["vision_ssm.backbones"])
+UNETS = Registry("unet", scope=SCOPE, locations=["vision_ssm.unets"])
 
 
 def _child(parent: Registry, *locations: str) -> Registry:

@@ -1,4 +1,4 @@
-"""Reading checkpoint files and loading them into backbones, with a report of every key.
+"""Reading checkpoint files and loading them into models, with a report of every key.
 
 Nothing a file contains is ever run: tensors come from safetensors or from PyTorch's weights-only reader, and objects
 that a training script pickled beside them (a config, say) become inert placeholders.
@@ -7,7 +7,7 @@ that a training script pickled beside them (a config, say) become inert placehol
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backbones.base import Backbone
+from .backbones.family import ModelFamily
 from .layers import resample_position_table
-from .registry import BACKBONES
+from .registry import BACKBONES, UNETS
 
 _CONTAINERS = ("model", "state_dict", "module")
 _EMA_CONTAINERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "encoder.")
 _BACKBONE = "backbone."
 _OTHER_PART = re.compile(r"(\w+_)?(heads?|neck|preprocessor)\.")
 """Parts beside the backbone of a segmentation or detection model: decode_head, auxiliary_head, neck, roi_head, ..."""
@@ -133,12 +132,14 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Tensor]:
+def unwrap(
+    checkpoint: Any, source: str, ema: bool = True, prefixes: Sequence[str] = ModelFamily.wrappers
+) -> dict[str, torch.Tensor]:
     """The state dict inside a checkpoint, without the wrappers and prefixes that training adds.
 
     Looks into ``model``, ``state_dict`` and ``module``; where averaged weights (``model_ema`` and the like) lie beside
-    them, these are taken unless `ema` is False. Strips what data parallelism, compilation and wrappers prepend. A model
-    with parts beside its backbone keeps all names, see `split_parts`.
+    them, these are taken unless `ema` is False. Strips what data parallelism, compilation and wrappers prepend: any of
+    `prefixes` that most names begin with. A model with parts beside its backbone keeps all names, see `split_parts`.
 
     Raises:
         CheckpointError: there is no state dict inside.
@@ -160,7 +161,7 @@ def unwrap(checkpoint: Any, source: str, ema: bool = True) -> dict[str, torch.Te
         held = _preview(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{source} holds no state dict; found {held}")
     for _ in range(4):
-        prefix = next((p for p in _PREFIXES if sum(key.startswith(p) for key in tensors) > len(tensors) // 2), None)
+        prefix = next((p for p in prefixes if sum(key.startswith(p) for key in tensors) > len(tensors) // 2), None)
         if prefix is None or split_parts(tensors)[1]:
             return tensors
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
@@ -198,11 +199,12 @@ def split_parts(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
     return own, parts
 
 
-def _explain_misfit(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> str:
+def _explain_misfit(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> str:
     """Which family or variant a state dict belongs to, as far as its keys and shapes tell."""
     keys = set(tensors)
     if not model.recognises(keys):
-        owner = next((cls for cls in BACKBONES.module_dict.values() if cls.recognises(keys)), None)
+        known = [*BACKBONES.module_dict.values(), *UNETS.module_dict.values()]
+        owner = next((cls for cls in known if cls.recognises(keys)), None)
         if owner is None:
             return f"this is no {model.family} checkpoint: its keys begin with {_preview(sorted(keys), 3)}"
         names = [cls.family if owner.family != model.family else cls.__name__ for cls in (model.registered(), owner)]
@@ -226,26 +228,27 @@ def _shapes(tensors: Mapping[str, torch.Tensor], prefixes: str | tuple[str, ...]
     return {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefixes)}
 
 
-def _num_classes(model: Backbone, tensors: Mapping[str, torch.Tensor]) -> int:
+def _num_classes(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> int:
     return tensors[model.classifier_key].shape[0] if model.classifier_key in tensors else 0
 
 
 def load_state_dict(
-    model: Backbone,
+    model: ModelFamily,
     tensors: Mapping[str, torch.Tensor],
     *,
     source: str = "state dict",
     strict: bool = True,
     reset_head: bool = False,
 ) -> LoadReport:
-    """Load an official state dict, or one of ours, into a backbone.
+    """Load an official state dict, or one of ours, into a backbone or a U-Net.
 
     Left out by rule: heads and necks beside the backbone of a segmentation or detection model; the classifier where the
     model has none; later stages, and output norms of other maps, than a `features_only` model needs; output norms and
-    a pyramid that a classifier's weights do not have; with `reset_head`, a classifier of another size.
+    a pyramid that a classifier's weights do not have; auxiliary heads that only the model or only the file has; with
+    `reset_head`, a classifier of another size.
 
     Args:
-        model: the backbone, changed in place (not at all if this raises).
+        model: changed in place (not at all if this raises).
         tensors: state dict under official names or ours.
         source: how messages call the state dict.
         strict: raise when a key is neither loaded nor ignored by a rule.
@@ -289,10 +292,9 @@ def load_state_dict(
     for key in wanted:
         if key in seen:
             continue
-        if key.startswith("out_norms."):
-            report.ignored.setdefault("output norms that a classifier's weights do not have", []).append(key)
-        elif key.startswith("pyramid.") and not any(name.startswith("pyramid.") for name in given):
-            report.ignored.setdefault("a pyramid that a classifier's weights do not have", []).append(key)
+        rule = model.rule_for_missing(key, given)
+        if rule:
+            report.ignored.setdefault(rule, []).append(key)
         elif reset_head and key.startswith("head."):
             report.ignored.setdefault("no classifier in the file, initialised anew", []).append(key)
         else:
@@ -312,7 +314,7 @@ def load_state_dict(
     return report
 
 
-def _rule_for_extra(model: Backbone, key: str) -> str | None:
+def _rule_for_extra(model: ModelFamily, key: str) -> str | None:
     if key.startswith(model.classifier_parts) and isinstance(model.head, nn.Identity):
         if model.features_only or key.startswith("head."):
             return "classifier of a model without one"
@@ -328,7 +330,7 @@ def _rule_for_extra(model: Backbone, key: str) -> str | None:
 
 
 def load_weights(
-    model: Backbone,
+    model: ModelFamily,
     file: str | os.PathLike,
     *,
     strict: bool = True,
@@ -336,10 +338,10 @@ def load_weights(
     ema: bool | None = None,
     verbose: bool = True,
 ) -> LoadReport:
-    """Load an official checkpoint file, or one of ours, into a backbone, and report on every key.
+    """Load an official checkpoint file, or one of ours, into a backbone or a U-Net, and report on every key.
 
     Args:
-        model: backbone of the variant that the file belongs to.
+        model: model of the variant that the file belongs to.
         file: ``.safetensors`` or PyTorch checkpoint, with or without wrappers (see `unwrap`).
         strict, reset_head: see `load_state_dict`.
         ema: prefer averaged weights where the file has both; None: if the accuracy published for the variant is theirs,
@@ -351,7 +353,7 @@ def load_weights(
     """
     if ema is None:
         ema = model.published.get(model.variant or "", {}).get("ema", True)
-    tensors = unwrap(read_checkpoint(file), str(file), ema=ema)
+    tensors = unwrap(read_checkpoint(file), str(file), ema=ema, prefixes=model.wrappers)
     report = load_state_dict(model, tensors, source=str(file), strict=strict, reset_head=reset_head)
     if verbose:
         print(report)

@@ -1,8 +1,7 @@
 """What every backbone is and answers: written once, for all families."""
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath, trunc_normal_
@@ -10,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import DepthwiseConv2d, add_norm, build_mlp, get_norm
-from ..registry import BACKBONES
 from ..scans import build_scan
 from ..scans.sequence import TokenLayout
+from .family import ModelFamily, register_family, resolve_scan  # noqa: F401  (every family needs the last two)
 
 MIN_IMAGE_SIZE = 32
 DEFAULT_PRETRAINED_CFG = dict(
@@ -22,6 +21,9 @@ DEFAULT_PRETRAINED_CFG = dict(
     interpolation="bicubic",
     crop_pct=224 / 256,
 )
+
+UNDECAYED = ("A_log", "D", "dt_proj_bias", "out_norm_weight", "out_norm_bias", "table")
+"""Last parts of the names of parameters that weight decay leaves alone."""
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
@@ -38,23 +40,6 @@ def stage_widths(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
     if len(widths) != len(depths):
         raise ValueError(f"dims and depths must have one entry per stage, got {widths} and {tuple(depths)}")
     return widths
-
-
-def resolve_scan(scan: str | dict | Literal[False] | None, default: dict) -> dict | Literal[False]:
-    """The scan of a block: `default`, another strategy, or `default` with some options replaced.
-
-    A dict without ``type`` changes options of the variant's own strategy; a name or a dict with ``type`` replaces it;
-    None is the default and False leaves the mixer out.
-    """
-    if scan is None:
-        return dict(default)
-    if scan is False:
-        return False
-    if isinstance(scan, str):
-        return {"type": scan}
-    if isinstance(scan, dict):
-        return dict(scan) if "type" in scan else {**default, **scan}
-    raise TypeError(f"scan is a strategy's name or a dict of options, got {scan!r}")
 
 
 class ScanBlock(nn.Module):
@@ -159,7 +144,11 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, branch = self.downsample(x), None
+        return self.forward_blocks(self.downsample(x))
+
+    def forward_blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, H, W, C), downsampled. Returns the same shape."""
+        branch = None
         for block in self.blocks:
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
@@ -168,27 +157,7 @@ class Stage(nn.Module):
         return _add(x, branch)
 
 
-def register_family(cls: type["Backbone"]) -> dict[str, Callable[..., "Backbone"]]:
-    """Enter a family into `BACKBONES`.
-
-    Returns its entry points, one function per variant, for the family's module to export.
-    """
-    BACKBONES.register_module(module=cls)
-
-    def entry_point(name: str) -> Callable[..., Backbone]:
-        def create(**overrides: Any) -> Backbone:
-            model = cls(**cls.variant_settings(name, overrides))
-            model.take_name(name)
-            return model
-
-        create.__name__ = create.__qualname__ = name
-        create.__doc__ = f"`{name}` of {cls.__name__}; keywords override the variant's: {cls.variants[name]}."
-        return create
-
-    return {name: entry_point(name) for name in cls.variants}
-
-
-class Backbone(nn.Module):
+class Backbone(ModelFamily):
     """Base of all backbones.
 
     A family builds `stem` and `stages` and then calls `finish`; everything else follows from these. Images are
@@ -203,74 +172,11 @@ class Backbone(nn.Module):
         pretrained_cfg: input size, mean, std, interpolation, crop and, where weights are published, their origin.
     """
 
-    family: ClassVar[str]
-    """Name of the family, as `import_official` takes it."""
-    variants: ClassVar[dict[str, dict[str, Any]]]
-    """Constructor keywords of every published variant, and of the family's small test variant."""
-    published: ClassVar[dict[str, dict[str, Any]]]
-    """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say.
+    default_cfg = DEFAULT_PRETRAINED_CFG
 
-    ``also`` lists further weights of the same variant in the same form, where another training of it is published.
-    """
-    classifier_key: str = "head.weight"
-    """A tensor of the classifier whose first size is the number of classes."""
-    classifier_parts: ClassVar[tuple[str, ...]] = ("norm.", "head.")
-    """What a classifier has and a `features_only` model has not: the beginnings of the names of its parameters."""
-
-    variant: str | None
-    pretrained_cfg: dict[str, Any]
     stem: nn.Module
     stages: nn.ModuleList
     norm: nn.Module
-    head: nn.Module
-
-    @classmethod
-    def registered(cls) -> "type[Backbone]":
-        """The family's class as `BACKBONES` holds it, for this class or one that wraps it."""
-        known = set(BACKBONES.module_dict.values())
-        return next(base for base in cls.__mro__ if base in known)
-
-    @classmethod
-    def keywords(cls) -> list[str]:
-        """Keywords of the family's constructor, those of its base classes included."""
-        names: list[str] = []
-        for base in cls.registered().__mro__:
-            if issubclass(base, Backbone) and "__init__" in vars(base):
-                parameters = inspect.signature(base.__init__).parameters.values()
-                names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-        return list(dict.fromkeys(names))
-
-    @classmethod
-    def variant_settings(cls, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-        """Constructor keywords of variant `name` with some replaced; a `scan` may replace some options only."""
-        settings = {**cls.variants[name], **overrides}
-        if overrides.get("scan") is not None:
-            settings["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
-        return settings
-
-    def take_name(self, name: str) -> None:
-        """Go by the name of a variant from now on."""
-        self.variant = name
-        self.pretrained_cfg = {**DEFAULT_PRETRAINED_CFG, **self.published.get(name, {})}
-
-    @classmethod
-    def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        """Constructor keywords for an original repository's hyperparameters and the keys of its state dict."""
-        raise NotImplementedError
-
-    @classmethod
-    def official_keys(cls, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """An original state dict under our names and shapes; a state dict of ours is returned as it is."""
-        raise NotImplementedError
-
-    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """`official_keys` for this model, where the originals' names depend on more than the state dict."""
-        return self.official_keys(state_dict)
-
-    @classmethod
-    def recognises(cls, keys: set[str]) -> bool:
-        """Whether these are keys of this family, official or ours."""
-        raise NotImplementedError
 
     def __init__(
         self,
@@ -343,12 +249,12 @@ class Backbone(nn.Module):
         """Numbers of the maps that this model can return."""
         return list(range(len(self.stages)))
 
-    def rule_for_extra(self, key: str) -> str | None:
-        """Why a tensor of a checkpoint that this model has no place for, under our name, may be left out; None if not.
-
-        For what `prune` of a family takes away besides stages.
-        """
-        return None
+    def rule_for_missing(self, key: str, given: Collection[str]) -> str | None:
+        if key.startswith("out_norms."):
+            return "output norms that a classifier's weights do not have"
+        if key.startswith("pyramid.") and not any(name.startswith("pyramid.") for name in given):
+            return "a pyramid that a classifier's weights do not have"
+        return super().rule_for_missing(key, given)
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
@@ -471,5 +377,4 @@ class Backbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Parameters that are never decayed: decays, skips, step-size biases, norms of groups of channels, position
         tables (1-D ones aside)."""
-        leaves = ("A_log", "D", "dt_proj_bias", "out_norm_weight", "out_norm_bias", "table")
-        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in leaves}
+        return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in UNDECAYED}

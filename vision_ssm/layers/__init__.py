@@ -1,10 +1,10 @@
-"""Building blocks shared by every backbone: the only place for norms, stems, downsampling, MLPs and position tables."""
+"""Building blocks shared by every model: the only place for norms, stems, resampling, MLPs and position tables."""
 
 from .activation import get_activation
 from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
-from .conv_ffn import ConvMlp
+from .conv_ffn import ConvMlp, MultiScaleMlp
 from .deformable import DeformableConv2d
-from .downsample import ConvDownsample, InvertedDownsample, PatchMerging
+from .downsample import ConvDownsample, Halve, InvertedDownsample, PatchMerging
 from .gate import ChannelGate
 from .head import AttentionHead, DistilledHead, HiddenStateHead
 from .high_resolution import Bottleneck, ConvNorm, ConvNormStem, Fusion, SumNeck
@@ -14,6 +14,7 @@ from .position import PositionTable, resample_position_table
 from .pyramid import SimplePyramid
 from .rotary import RotaryTable
 from .stem import ConvStem, DeepConvStem, PatchStem, ResidualConvStem
+from .upsample import LargeKernelExpanding, PatchExpanding, TransposedConv2d, depth_to_space
 from .watched import is_plain
 
 __all__ = [
@@ -33,9 +34,13 @@ __all__ = [
     "DepthwiseConv2d",
     "DistilledHead",
     "Fusion",
+    "Halve",
     "HiddenStateHead",
     "InvertedDownsample",
+    "LargeKernelExpanding",
     "LayerNorm",
+    "MultiScaleMlp",
+    "PatchExpanding",
     "PatchMerging",
     "PatchStem",
     "PositionTable",
@@ -44,8 +49,10 @@ __all__ = [
     "RotaryTable",
     "SimplePyramid",
     "SumNeck",
+    "TransposedConv2d",
     "add_norm",
     "build_mlp",
+    "depth_to_space",
     "get_activation",
     "get_norm",
     "is_plain",

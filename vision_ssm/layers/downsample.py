@@ -69,3 +69,14 @@ class InvertedDownsample(nn.Module):
         """x: (B, H, W, dim). Returns (B, ceil(H/2), ceil(W/2), out_dim)."""
         x = F.relu(self.depthwise(F.relu(self.expand(x.permute(0, 3, 1, 2)))))
         return self.norm(self.project(x)).permute(0, 2, 3, 1).contiguous()  # (B, H/2, W/2, out_dim)
+
+
+class Halve(nn.MaxPool2d):
+    """Half the size: the maxima of 2 x 2 squares of a (B, H, W, C) map, which may reach over its edge if `ceil`."""
+
+    def __init__(self, ceil: bool = False):
+        super().__init__(2, stride=2, ceil_mode=ceil)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, H, W, C). Returns (B, H', W', C)."""
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -5,29 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .downsample import Halve
 from .norm import ChannelLastBatchNorm
+from .upsample import TransposedConv2d
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
-
-
-class _Upsample(nn.ConvTranspose2d):
-    """Twice the size: every pixel of a (B, H, W, C) map becomes a 2 x 2 square."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, dim, 2, stride=2)
-
-    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, 2H, 2W, C)
-
-
-class _Halve(nn.MaxPool2d):
-    """Half the size: the maxima of 2 x 2 squares of a (B, H, W, C) map, which may reach over its edge if `ceil`."""
-
-    def __init__(self, ceil: bool) -> None:
-        super().__init__(2, stride=2, ceil_mode=ceil)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, H/2, W/2, C)
 
 
 class SimplePyramid(nn.Module):
@@ -44,12 +26,16 @@ class SimplePyramid(nn.Module):
 
     def __init__(self, dim: int, remainder: str = "pad"):
         super().__init__()
+
+        def double() -> nn.Module:
+            return TransposedConv2d(dim, dim)
+
         self.levels = nn.ModuleList(
             [
-                nn.Sequential(_Upsample(dim), ChannelLastBatchNorm(dim), nn.GELU(), _Upsample(dim)),
-                _Upsample(dim),
+                nn.Sequential(double(), ChannelLastBatchNorm(dim), nn.GELU(), double()),
+                double(),
                 nn.Identity(),
-                _Halve(ceil=remainder == "pad"),
+                Halve(ceil=remainder == "pad"),
             ]
         )
 
