@@ -1,4 +1,4 @@
-"""Training and evaluation on mmengine: classifier, poses, optimizer groups, exact resume, hooks, metrics."""
+"""Training and evaluation on mmengine: classifier, poses, medical volumes, optimizer groups, resume, hooks, metrics."""
 
 from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
@@ -18,7 +18,11 @@ from .loops import EpochTrainLoop, IterTrainLoop
 from .medical import IntensityScale, MedicalBatch, MedicalSegmentor
 from .medical_figures import draw_montage, overlay
 from .medical_hooks import FreezeEncoderHook, MedicalPicturesHook, StopOnPlateauHook
+from .medical_inference import keep_largest, predict_volume
+from .medical_losses import SegmentationLoss
+from .medical_metrics import GlobalMetric, VolumeEvaluation, VolumeMetric
 from .medical_predict import MedicalPredictor
+from .medical_scores import VolumeScores, score_volume
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
 from .pose import HeatmapHead, PosePredictor, TopDownPose, load_pose_weights
@@ -36,6 +40,7 @@ __all__ = [
     "EpochTrainLoop",
     "Evaluation",
     "FreezeEncoderHook",
+    "GlobalMetric",
     "GraphedCall",
     "HeatmapHead",
     "ImageBatch",
@@ -59,18 +64,25 @@ __all__ = [
     "Runner",
     "SampleDrawer",
     "StopOnPlateauHook",
+    "SegmentationLoss",
     "TopDownPose",
+    "VolumeEvaluation",
+    "VolumeMetric",
+    "VolumeScores",
     "build_loss",
     "distillation_loss",
     "draw_montage",
     "draw_pose_grid",
     "draw_poses",
     "find_non_finite",
+    "keep_largest",
     "load_pose_weights",
     "object_keypoint_similarity",
     "oks_nms",
     "overlay",
     "parameter_groups",
+    "predict_volume",
     "read_training",
+    "score_volume",
     "write_checkpoint",
 ]

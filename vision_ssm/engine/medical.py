@@ -195,7 +195,7 @@ class MedicalSegmentor(BaseModel):
 
     def _predict(self, volume: Volume) -> dict[str, Any]:
         if volume.mask is None:
-            raise ValueError(f"volume {volume.case} has no mask to compare with: use predict_labels, or tools/predict.py")
+            raise ValueError(f"volume {volume.case} has no mask to compare with; tools/predict.py needs none")
         labels = self.predict_labels(volume.image)
         return dict(case=volume.case, prediction=labels, target=volume.mask, spacing=volume.spacing)
 

@@ -23,7 +23,7 @@ def class_colors(meta: Mapping[str, Any] | None, count: int) -> np.ndarray:
 
 
 def grey_range(image: np.ndarray) -> tuple[float, float]:
-    """Intensities to be drawn black and white: the 0.5 and 99.5 percentiles, so that a few bright cells do not matter."""
+    """Intensities to be drawn black and white: percentiles, so that a few bright cells do not matter."""
     low, high = np.percentile(image, (0.5, 99.5))
     return float(low), float(high) if high > low else float(low) + 1.0
 
@@ -36,7 +36,9 @@ def picture_of_slice(image: np.ndarray, limits: tuple[float, float] | None = Non
     return np.rint(255 * channels.transpose(1, 2, 0)).astype(np.uint8)  # (H, W, 3)
 
 
-def overlay(picture: np.ndarray, labels: np.ndarray, colors: np.ndarray, spacing: Sequence[float] = (1, 1)) -> np.ndarray:
+def overlay(
+    picture: np.ndarray, labels: np.ndarray, colors: np.ndarray, spacing: Sequence[float] = (1, 1)
+) -> np.ndarray:
     """Labels over a picture: tinted areas within a line of full colour. Small pictures are enlarged.
 
     Args:
@@ -54,7 +56,7 @@ def overlay(picture: np.ndarray, labels: np.ndarray, colors: np.ndarray, spacing
     if picture.shape[:2] != labels.shape:
         raise ValueError(f"picture {picture.shape[:2]} and labels {labels.shape} differ in size")
     if labels.max(initial=0) >= len(colors) or labels.min(initial=0) < 0:
-        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, there are colours for 0 .. {len(colors) - 1}")
+        raise ValueError(f"labels {labels.min()} to {labels.max()} do not all have one of the {len(colors)} colours")
     smallest = min(spacing)
     sides = [side * step / smallest for side, step in zip(labels.shape, spacing, strict=True)]
     factor = max(1.0, LEAST_SIDE / min(sides))

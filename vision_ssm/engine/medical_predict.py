@@ -112,8 +112,8 @@ class MedicalPredictor:
         """A volume or image as the model takes it.
 
         Args:
-            path: NIfTI file, folder with a DICOM series, HDF5 or npz file with an array ``image`` (D, H, W) scaled as in
-                training, or image file; or several NIfTI files, one for each channel, with commas between.
+            path: NIfTI file, folder with a DICOM series, HDF5 or npz file with an array ``image`` (D, H, W) scaled as
+                in training, or image file; or several NIfTI files, one for each channel, with commas between.
 
         Raises:
             MedicalDataError, UnreadableImageError: no such file, or one that cannot be used.
@@ -125,7 +125,7 @@ class MedicalPredictor:
             return Volume(image[None], None, (1.0, 1.0, 1.0), None, Path(text).stem)  # (1, C, H, W)
         if text.lower().endswith(ARRAYS):
             return _array_volume(text)
-        parts = tuple(Path(part) for part in text.split(",")) if "," in text and not Path(text).exists() else (Path(text),)
+        parts = (Path(text),) if Path(text).exists() else tuple(map(Path, text.split(",")))
         name = parts[0].name if parts[0].is_dir() else stem_of(parts[0].name)
         return self.reading.volume(Case(name, parts, None))
 
@@ -257,7 +257,7 @@ def predict_medical(
                 warnings.warn(f"{error}; left out", stacklevel=2)
                 continue
             if volume.case in done:
-                raise UsageError(f"{done[volume.case]} and {path} would be written to one file: predict them one by one")
+                raise UsageError(f"{done[volume.case]} and {path} would be written to one file: predict one at a time")
             done[volume.case] = str(path)
             labels = predictor(volume, **given_inference(args))
             mask = predictor.save(volume, labels, out)

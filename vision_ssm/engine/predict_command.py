@@ -1,4 +1,4 @@
-"""The command predict: classes, semantic maps, boxes and masks, or poses of images, labels of volumes, as the config says."""
+"""The command predict: classes, semantic maps, boxes and masks, poses, or labels of volumes, as the config says."""
 
 import argparse
 import json

@@ -1,5 +1,5 @@
-# ACDC as MT-UNet prepared it, slices at 224 x 224. The best weights are those of the validation slices, while MSVM-UNet's
-# code takes the test volumes for that. The test also gives, as paper/..., the scores by the rules of that code.
+# ACDC as MT-UNet prepared it, slices at 224 x 224. The best weights are those of the validation slices, while the code
+# of MSVM-UNet takes the test volumes for that. The test also gives, as paper/..., the scores by the rules of that code.
 data_root = "data/ACDC"
 train_dataloader = dict(
     batch_size=32,

@@ -1,5 +1,5 @@
-# Synapse as TransUNet prepared it, slices at 224 x 224. There is no validation split: as in the papers, the best weights
-# are those of the test volumes. The test also gives, as paper/..., the scores by the rules of the papers' code.
+# Synapse as TransUNet prepared it, slices at 224 x 224. There is no validation split: as in the papers, the best
+# weights are those of the test volumes. The test also gives, as paper/..., the scores by the rules of the papers' code.
 data_root = "data/Synapse"
 train_dataloader = dict(
     batch_size=32,

@@ -1,5 +1,5 @@
-# 300 epochs of AdamW for a batch of 32 along one cosine to 1e-6, every parameter decayed; the encoder rests in the first
-# 10 epochs, and training ends early when the training loss has not fallen for 15 epochs.
+# 300 epochs of AdamW for a batch of 32 along one cosine to 1e-6, every parameter decayed; the encoder rests in the
+# first 10 epochs, and training ends early when the training loss has not fallen for 15 epochs.
 optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     precision="fp32",
