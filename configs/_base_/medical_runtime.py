@@ -5,3 +5,4 @@ default_hooks = dict(
     record=dict(metric="dice", accuracy="dice"),
     pictures=dict(_delete_=True, type="vision_ssm.MedicalPicturesHook"),
 )
+randomness = dict(seed=42)

@@ -4,7 +4,6 @@ model = dict(
     unet=dict(name="vmunet_isic"),
     num_classes=1,
     loss=dict(kind="dice_bce", weights=(1.0, 1.0)),
-    normalize=None,
     inference=dict(size=(256, 256)),
     pretrained=None,
 )

@@ -4,7 +4,6 @@ model = dict(
     unet=dict(name="vmunet_synapse"),
     num_classes=9,
     loss=dict(kind="dice_ce", weights=(1.0, 1.0)),
-    normalize=None,
     inference=dict(size=(224, 224)),
     pretrained=None,
 )

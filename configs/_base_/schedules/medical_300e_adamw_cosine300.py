@@ -14,4 +14,3 @@ custom_hooks = [
     dict(type="vision_ssm.StopOnPlateauHook", patience=15),
 ]
 find_unused_parameters = True  # a resting encoder has no gradient to exchange between processes
-randomness = dict(seed=42)

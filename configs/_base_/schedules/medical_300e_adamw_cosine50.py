@@ -10,4 +10,3 @@ param_scheduler = [dict(type="CosineAnnealingLR", T_max=50, eta_min=1e-5, begin=
 auto_scale_lr = dict(enable=False, base_batch_size=32)
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 custom_hooks = []
-randomness = dict(seed=42)
