@@ -143,8 +143,8 @@ class SliceCache:
     """Slices of volumes as npz files that are read one at a time.
 
     A case lies in a folder named by a fingerprint of its files (size and time of change) and of the settings, so
-    changed data or settings make new slices. A folder appears complete or not at all; a slice that cannot be read back is
-    made again. Folders of former settings stay until somebody removes the cache.
+    changed data or settings make new slices. A folder appears complete or not at all; a slice that cannot be read back
+    is made again. Folders of former settings stay until somebody removes the cache.
 
     Args:
         folder: Where to; made when needed.

@@ -249,7 +249,7 @@ def write_nifti(path: PathLike, values: np.ndarray, volume: Volume) -> None:
 
     Args:
         path: ``.nii.gz`` or ``.nii``.
-        values: Labels or any numbers; whole numbers that fit become uint8, other whole numbers int32.
+        values: Labels or any numbers; whole numbers become the smallest type that holds them.
         volume: Says where the voxels lie.
 
     Raises:
@@ -262,8 +262,7 @@ def write_nifti(path: PathLike, values: np.ndarray, volume: Volume) -> None:
     nibabel = optional("nibabel")
     voxels, affine = volume.stored(values)
     if voxels.dtype.kind in "bui":
-        small = voxels.size == 0 or (voxels.min() >= 0 and voxels.max() <= 255)
-        voxels = voxels.astype(np.uint8 if small else np.int32)
+        voxels = voxels.astype(np.promote_types(np.min_scalar_type(voxels.min()), np.min_scalar_type(voxels.max())))
     else:
         voxels = voxels.astype(np.float32)
     image = nibabel.Nifti1Image(voxels, affine)

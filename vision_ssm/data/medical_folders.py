@@ -1,7 +1,7 @@
 """Pictures with masks as data sets: ISIC as VM-UNet lays it out, and folders of one's own.
 
-ISIC's images are RGB, every picture stretched to 0..255 as VM-UNet's code (arXiv 2402.02491) does; those of `MaskFolder`
-are in [0, 1].
+ISIC's images are RGB, every picture stretched to 0..255 as VM-UNet's code (arXiv 2402.02491) does; those of
+`MaskFolder` are in [0, 1].
 """
 
 import os

@@ -46,8 +46,8 @@ class NiftiSlices(SampleDataset):
         root: Data folder.
         split: ``train``, ``val``, ``test`` or ``all``; ``test`` is ``imagesTs`` with ``labelsTs`` where they exist.
         classes: See `MedicalDataset`; None: those of nnU-Net's ``dataset.json``.
-        window: (low, high) intensities that become 0 and 1, such as (-125, 275) HU for the abdomen; None: percentiles of
-            each volume.
+        window: (low, high) intensities that become 0 and 1, such as (-125, 275) HU for the abdomen; None: percentiles
+            of each volume.
         rescale: Slope and intercept for the stored intensities.
         check_units: Refuse intensities that do not look like Hounsfield units where the window does.
         orientation: Slicing direction; see `read_volume`.
