@@ -249,7 +249,7 @@ def write_nifti(path: PathLike, values: np.ndarray, volume: Volume) -> None:
 
     Args:
         path: ``.nii.gz`` or ``.nii``.
-        values: Labels or any numbers; whole numbers become the smallest type that holds them.
+        values: Labels or any numbers; whole numbers become uint8, int16 or int32, whichever holds them first.
         volume: Says where the voxels lie.
 
     Raises:
@@ -262,7 +262,10 @@ def write_nifti(path: PathLike, values: np.ndarray, volume: Volume) -> None:
     nibabel = optional("nibabel")
     voxels, affine = volume.stored(values)
     if voxels.dtype.kind in "bui":
-        voxels = voxels.astype(np.promote_types(np.min_scalar_type(voxels.min()), np.min_scalar_type(voxels.max())))
+        low, high = int(voxels.min()), int(voxels.max())
+        kinds = (np.uint8, np.int16, np.int32)  # the types that every program reads
+        fitting = [kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
+        voxels = voxels.astype(fitting[0] if fitting else np.float32)
     else:
         voxels = voxels.astype(np.float32)
     image = nibabel.Nifti1Image(voxels, affine)

@@ -266,8 +266,8 @@ def already_there(out: Path, readme: str) -> bool:
     if (out / "README.txt").is_file() and (out / "README.txt").read_bytes() == readme.encode():
         return True
     raise PrepareError(
-        f"{str(out)!r} is not empty and holds something else. Choose another folder, or remove this one; it is left as it"
-        " is."
+        f"{str(out)!r} is not empty and holds something else. Choose another folder, or remove this one; it is left as"
+        " it is."
     )
 
 

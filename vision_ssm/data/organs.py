@@ -37,7 +37,7 @@ class DrawnVolume:
 
 
 class _Drawing:
-    """Painter's order in body coordinates: x to the left and y to posterior, both from -1 to 1, z upwards from 0 to 1."""
+    """Painter's order in body coordinates: x to the left and y to posterior, both from -1 to 1, z up from 0 to 1."""
 
     def __init__(self, random: np.random.RandomState, depth: int, size: int, end: float) -> None:
         self.random = random
@@ -103,7 +103,9 @@ def draw_organs(seed: int, case: int, depth: int = 24, size: int = 96) -> DrawnV
         ValueError: Fewer than 8 slices, or fewer than 32 rows and columns.
     """
     if depth < SMALLEST_DEPTH or size < SMALLEST_SIZE:
-        raise ValueError(f"a volume has at least {SMALLEST_DEPTH} slices of {SMALLEST_SIZE} rows, got {depth} of {size}")
+        raise ValueError(
+            f"a volume has at least {SMALLEST_DEPTH} slices of {SMALLEST_SIZE} rows, got {depth} of {size}"
+        )
     random = np.random.RandomState([seed, case])
     ends = max(2, round(_END * depth))
     drawing = _Drawing(random, depth * _THIN, size, ends / depth)
