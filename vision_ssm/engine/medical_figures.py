@@ -22,6 +22,12 @@ def class_colors(meta: Mapping[str, Any] | None, count: int) -> np.ndarray:
     return np.asarray([*given, *class_palette(count)[len(given) :]], dtype=np.uint8)
 
 
+def class_legend(meta: Mapping[str, Any] | None) -> list[tuple[str, list[int]]]:
+    """Name and colour of each foreground class of a ``metainfo``."""
+    names = tuple((meta or {}).get("classes") or ())
+    return list(zip(names, class_colors(meta, len(names)).tolist(), strict=True))[1:]
+
+
 def grey_range(image: np.ndarray) -> tuple[float, float]:
     """Intensities to be drawn black and white: percentiles, so that a few bright cells do not matter."""
     low, high = np.percentile(image, (0.5, 99.5))
@@ -95,7 +101,7 @@ def draw_montage(
     Args:
         image: (D, C, H, W). labels: (D, H, W).
         path: picture to write. title: line above.
-        meta: ``metainfo`` of the data set, for its palette.
+        meta: ``metainfo`` of the data set, for names and colours of the classes.
         spacing: along D, H, W, in mm.
         count: slices in the grid, at most.
     """
@@ -108,7 +114,7 @@ def draw_montage(
         (f"slice {place}", overlay(picture_of_slice(image[place], limits), labels[place], colors, spacing[1:]))
         for place in places
     ]
-    draw_pictures(pictures, path, title)
+    draw_pictures(pictures, path, title, class_legend(meta))
 
 
 def save_overlays(

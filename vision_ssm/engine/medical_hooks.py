@@ -16,7 +16,7 @@ from vision_ssm.registry import HOOKS
 from .checkpoint import write_text
 from .figures import draw_pictures
 from .hooks import RecordHook, counts_iterations, finished, position_in_words
-from .medical_figures import class_colors, grey_range, overlay, picture_of_slice, shown_slices
+from .medical_figures import class_colors, class_legend, grey_range, overlay, picture_of_slice, shown_slices
 from .medical_metrics import VolumeEvaluation, VolumeMetric
 from .medical_scores import SCORES
 
@@ -141,6 +141,7 @@ class MedicalPicturesHook(Hook):
         self.validations = 0
         self.pictures: list[tuple[str, np.ndarray]] = []
         self.seen = 0
+        self.meta: Mapping[str, Any] = {}
 
     def before_val_epoch(self, runner: Runner) -> None:
         self.pictures, self.seen = [], 0
@@ -172,6 +173,7 @@ class MedicalPicturesHook(Hook):
         """Draw slices of the volumes of a batch, as many as their share of `count`."""
         if not is_main_process():
             return
+        self.meta = dataset.metainfo
         share = math.ceil(self.count / len(dataset))
         step = max(1, len(dataset) // self.count)
         for volume, found in zip(data_batch["volume"], outputs, strict=True):
@@ -192,7 +194,8 @@ class MedicalPicturesHook(Hook):
             return
         folder = Path(runner.work_dir)
         if self.pictures:
-            draw_pictures(self.pictures, folder / "predictions.png", f"{title}: truth left, prediction right")
+            heading = f"{title}: truth left, prediction right"
+            draw_pictures(self.pictures, folder / "predictions.png", heading, class_legend(self.meta))
         self.pictures = []
         evaluation = find_volumes(evaluator)
         if evaluation is not None:

@@ -263,8 +263,7 @@ def predict_medical(
             mask = predictor.save(volume, labels, out)
             if args.montage or is_picture(volume):
                 place = out / f"{volume.case}_montage.png"
-                title = f"{volume.case}: {', '.join(names)}"
-                draw_montage(volume.image, labels, place, title, predictor.meta, volume.spacing)
+                draw_montage(volume.image, labels, place, volume.case, predictor.meta, volume.spacing)
             if args.overlays:
                 save_overlays(volume.image, labels, out / f"{volume.case}_overlays", predictor.meta, volume.spacing)
             counts = np.bincount(labels.ravel(), minlength=len(predictor.classes))[1:]
