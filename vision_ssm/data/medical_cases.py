@@ -50,13 +50,16 @@ class Reading:
         check_orientation(self.orientation)
         check_window(self.window)
 
-    def volume(self, case: Case) -> Volume:
-        """The case with intensities in [0, 1]."""
-        volume = read_volume(
+    def stored(self, case: Case) -> Volume:
+        """The case with the intensities of its files (and `rescale`)."""
+        return read_volume(
             case.images, case.mask, case=case.name, orientation=self.orientation, num_classes=self.num_classes,
             rescale=self.rescale,
         )  # fmt: skip
-        return scale_intensities(volume, self.window, str(case.images[0]), self.check_units)
+
+    def volume(self, case: Case) -> Volume:
+        """The case with intensities in [0, 1]."""
+        return scale_intensities(self.stored(case), self.window, str(case.images[0]), self.check_units)
 
 
 def find_cases(root: str | os.PathLike, test: bool = False, labelled: bool = True) -> list[Case]:

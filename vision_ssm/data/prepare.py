@@ -15,9 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vision_ssm.data.check_dense import DenseDataError, DenseReport, check_layout
+from vision_ssm.data.check_medical import MEDICAL_LAYOUTS, check_medical
 from vision_ssm.data.decode import UnreadableImageError, load_image, read_header
 from vision_ssm.data.digits import DIGITS_SIZE, write_digits
 from vision_ssm.data.image_folder import SPLIT_NAMES, ImageFolder, check_same_classes
+from vision_ssm.data.prepare_medical import add_medical_commands
 from vision_ssm.data.progress import tracked_map
 from vision_ssm.data.shapes import LAYOUTS, SHAPES_SIZE, SHAPES_TRAIN, SHAPES_VAL, write_shapes
 from vision_ssm.data.writing import PrepareError
@@ -170,10 +172,11 @@ def _check_command(options: argparse.Namespace, console: Console) -> int:
         return 1 if problems else 0
     if options.min_size != 1:
         raise PrepareError("--min-size is for folders of classes; it cannot be combined with --layout")
-    if options.num_classes is not None and options.layout not in ("ade20k", "cityscapes"):
+    if options.num_classes is not None and options.layout not in ("ade20k", "cityscapes", *MEDICAL_LAYOUTS):
         raise PrepareError(f"--num-classes belongs to --layout ade20k or cityscapes, got --layout {options.layout}")
     try:
-        found = check_layout(
+        check = check_medical if options.layout in MEDICAL_LAYOUTS else check_layout
+        found = check(
             options.root, options.layout, options.split, num_classes=options.num_classes, workers=options.workers
         )
     except DenseDataError as error:
@@ -233,7 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare_data.py",
         description="Make small data sets, and check data sets: for classification (ImageNet layout,\n"
-        "ROOT/SPLIT/CLASS/image) and for dense prediction (layouts of ADE20K, Cityscapes and COCO).",
+        "ROOT/SPLIT/CLASS/image), for dense prediction (layouts of ADE20K, Cityscapes and COCO), and for medical\n"
+        "segmentation (layouts of Synapse, ACDC and ISIC, mask folders, NIfTI and DICOM).",
         epilog="examples:\n"
         "  python tools/prepare_data.py digits data/digits\n"
         "  python tools/prepare_data.py shapes data/shapes_ade20k --layout ade20k\n"
@@ -263,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("--overwrite", action="store_true", help="replace digits of another size or an incomplete set")
     digits.set_defaults(run=_digits_command)
     _add_shapes(commands)
+    add_medical_commands(commands)
     _add_check(commands)
     return parser
 
@@ -308,17 +313,19 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "  python tools/prepare_data.py check data/digits\n"
         "  python tools/prepare_data.py check /data/imagenet --split train --workers 16 --list problems.txt\n"
         "  python tools/prepare_data.py check /data/ADEChallengeData2016 --layout ade20k\n"
-        "  python tools/prepare_data.py check data/shapes_ade20k --layout ade20k --num-classes 7",
+        "  python tools/prepare_data.py check data/shapes_ade20k --layout ade20k --num-classes 7\n"
+        "  python tools/prepare_data.py check data/Task09_Spleen --layout nifti",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("root", metavar="ROOT", help="data folder")
-    check.add_argument("--layout", choices=LAYOUTS, help="layout of ROOT (default: one folder per class)")
+    check.add_argument("--layout", choices=(*LAYOUTS, *MEDICAL_LAYOUTS), help="of ROOT (default: one folder per class)")
     check.add_argument(
         "--split", nargs="+",
         help="parts to check (default: all of the layout; of a folder of classes train, val, test, whichever exist)",
     )  # fmt: skip
     check.add_argument(
-        "--num-classes", type=_positive, help="of label maps (default: 150 for ade20k, 19 for cityscapes)"
+        "--num-classes", type=_positive,
+        help="of label maps (default: 150 for ade20k, 19 for cityscapes, those of the set for medical layouts)",
     )
     check.add_argument("--min-size", type=_positive, default=1, help="report images with a side below this many pixels")
     check.add_argument(
