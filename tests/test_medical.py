@@ -200,7 +200,7 @@ def test_training_leaves_its_record(trained):
     loss = state["history"]["iterations"][:, 1]
     assert len(loss) == 2 * 3 and loss[-1] < loss[0]
     history = json.loads((folder / "history.json").read_text())
-    assert {"val_dice", "val_dice/liver", "val_hd95", "train_accuracy"} <= {key for row in history for key in row} | {"val_hd95"}
+    assert {"val_dice", "val_dice/liver", "train_loss", "train_accuracy"} <= set(history[-1])
     assert read_training(folder / "best_dice.pth")["meta"]["metric"] == "dice"
     assert state["meta"]["dataset_meta"]["classes"][1] == "liver"
     rows = list(csv.DictReader((folder / "per_case.csv").open()))
@@ -215,9 +215,9 @@ def test_the_encoder_rests_for_an_epoch(trained):
     first, rested, moved = (
         read_training(folder / name)["unaveraged_state_dict"] for name in ("iter_1.pth", "epoch_1.pth", "epoch_2.pth")
     )
-    encoder = [name for name in first if name.startswith("unet.encoder.")]
+    encoder = [name for name in first if ".encoder." in name]
     assert encoder and all(torch.equal(first[name], rested[name]) for name in encoder)
-    assert any(not torch.equal(first[name], rested[name]) for name in first if name.startswith("unet.decoder."))
+    assert any(not torch.equal(first[name], rested[name]) for name in first if ".decoder." in name)
     assert sum(not torch.equal(moved[name], rested[name]) for name in encoder) > 0.8 * len(encoder)
 
 
@@ -267,7 +267,7 @@ def test_wrong_runs_end_before_training(organs, tmp_path):
     with pytest.raises(ValueError, match="6 classes with the background .*liver.* set model.num_classes=6"):
         Runner.from_cfg(cfg).build_training()
     cfg = small_run(organs, tmp_path)
-    cfg.default_hooks.record = None
+    del cfg.default_hooks["record"]
     cfg.custom_hooks = [dict(type="vision_ssm.StopOnPlateauHook", patience=1)]
     with pytest.raises(ValueError, match="needs RecordHook"):
         Runner.from_cfg(cfg).train()

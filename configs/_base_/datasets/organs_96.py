@@ -2,7 +2,7 @@
 data_root = "data/organs"
 window = (-125.0, 275.0)
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=1,
     persistent_workers=True,
     drop_last=True,
@@ -13,7 +13,10 @@ train_dataloader = dict(
         root=data_root,
         split="train",
         window=window,
-        transform=dict(policy="synapse", size=96),
+        transform=dict(
+            policy="msvmunet", size=96, noise=0.02, blur=0.5, contrast=(0.8, 1.2), scale=(0.8, 1.25), degrees=15.0,
+            shear=8.0, shift=0.1,
+        ),  # fmt: skip
     ),
 )
 val_dataloader = dict(
