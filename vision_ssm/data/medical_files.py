@@ -10,8 +10,9 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,7 @@ def read_nifti(path: PathLike, as_labels: bool = False) -> tuple[np.ndarray, Gri
     with _nibabel_errors(path) as nibabel:
         image = nibabel.load(path)
         shape = image.shape
+        _check_zooms(nibabel, image, name)
         if len(shape) > 3 and any(side != 1 for side in shape[3:]):
             raise MedicalDataError(
                 f"{name!r} has {len(shape)} dimensions, {' x '.join(map(str, shape))}; one volume has three. Split time"
@@ -138,6 +140,18 @@ def read_nifti(path: PathLike, as_labels: bool = False) -> tuple[np.ndarray, Gri
     return voxels, Grid((x, y, z), affine)
 
 
+def _check_zooms(nibabel: ModuleType, image: Any, name: str) -> None:
+    """Refuse a spacing of zero along an axis of several voxels, which nibabel would replace by 1 mm."""
+    with nibabel.openers.ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
+        raw = image.header_class.from_fileobj(file, check=False)
+    zooms = raw["pixdim"][1:4].tolist()
+    if any(side > 1 and not zoom > 0 for side, zoom in zip(image.shape, zooms)):
+        raise MedicalDataError(
+            f"{name!r} has a voxel spacing of {' x '.join(f'{zoom:g}' for zoom in zooms)} mm in its header; every"
+            " spacing must be positive. Repair the header (pixdim) with the spacing of the scanner."
+        )
+
+
 def _affine(image: Any, name: str) -> np.ndarray:
     """(4, 4) of a NIfTI image in millimetres; what a reader should know about it is warned of."""
     affine = np.asarray(image.affine, dtype=np.float64)
@@ -153,12 +167,6 @@ def _affine(image: Any, name: str) -> np.ndarray:
         )
     elif sform and qform and not np.allclose(image.get_sform(), image.get_qform(), atol=1e-2, rtol=1e-3):
         warnings.warn(f"sform and qform of {name!r} differ; the sform is used, as nibabel does", stacklevel=4)
-    if min(header.get_zooms()[:3]) <= 0:
-        zooms = " x ".join(f"{side:g}" for side in header.get_zooms()[:3])
-        raise MedicalDataError(
-            f"{name!r} has a voxel spacing of {zooms} mm in its header; every spacing must be positive. Repair the"
-            " header (pixdim) with the spacing of the scanner."
-        )
     scale = _MILLIMETRES.get(header.get_xyzt_units()[0], 1.0)
     return np.diag([scale, scale, scale, 1.0]) @ affine
 
@@ -271,10 +279,8 @@ def write_nifti(path: PathLike, values: np.ndarray, volume: Volume) -> None:
     image = nibabel.Nifti1Image(voxels, affine)
     image.header.set_xyzt_units("mm")
     image.set_sform(affine, code="scanner")
-    with warnings.catch_warnings():  # a qform cannot hold a sheared affine; the sform can
-        warnings.simplefilter("ignore")
-        image.set_qform(affine, code="scanner", strip_shears=True)
-    if not np.allclose(image.get_qform(), affine, atol=1e-3):
+    image.set_qform(affine, code="scanner", strip_shears=True)
+    if not np.allclose(image.get_qform(), affine, atol=1e-3):  # a qform cannot hold a sheared affine
         image.set_qform(None, code="unknown")
     ending = next(ending for ending in NIFTI_ENDINGS if path.name.lower().endswith(ending))
     temporary = path.with_name(f".{path.name}.{os.getpid()}{ending}")
@@ -285,4 +291,5 @@ def write_nifti(path: PathLike, values: np.ndarray, volume: Volume) -> None:
     except OSError as error:
         raise MedicalDataError(f"cannot write {str(path)!r}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

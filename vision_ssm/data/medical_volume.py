@@ -40,7 +40,7 @@ def optional(name: str) -> ModuleType:
         raise ImportError(f"medical data need {package}: pip install 'vision_ssm[medical]' ({error})") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grid:
     """The voxels of a file.
 
@@ -111,7 +111,7 @@ def check_affine(affine: np.ndarray, path: str) -> None:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Volume:
     """An image of D slices, and its label map if there is one.
 

@@ -76,20 +76,21 @@ def convert_nifti(
             test=len(held_out), scaling=scaling, orientation=reading.orientation or "as stored", flags=flags,
         )  # fmt: skip
 
+    has_test = all((root / folder).is_dir() for folder in TEST_FOLDERS)
+
     def divided(file: Path) -> tuple[list[Case], list[Case]]:
-        if all((root / folder).is_dir() for folder in TEST_FOLDERS):
+        if has_test:
             return list(cases.values()), find_cases(root, test=True)
         parts = [fixed_split(file, list(cases), part, val=test, seed=seed) for part in ("train", "val")]
         return [cases[name] for name in parts[0]], [cases[name] for name in parts[1]]
 
     written = out / "splits.json"
-    if written.is_file() or (out / "README.txt").is_file():
-        if already_there(out, readme(*divided(Path(split_file) if split_file else written))):
-            return None
-    else:
-        already_there(out, "")
+    # only a folder that this command made says how its cases were divided
+    known = (out / "README.txt").is_file() and (has_test or split_file or written.is_file())
+    if already_there(out, readme(*divided(Path(split_file or written))) if known else ""):
+        return None
     with replacing(out) as folder:
-        train, held_out = divided(Path(split_file) if split_file else folder / "splits.json")
+        train, held_out = divided(Path(split_file or folder / "splits.json"))
         writer = SynapseWriter(folder)
 
         def convert(item: tuple[str, Case]) -> list[str]:
