@@ -36,7 +36,10 @@ def route_attention(y: torch.Tensor, threshold: float = 0.0) -> torch.Tensor:
     Returns:
         (..., D).
     """
-    spread = y.std(dim=-2) / (y.mean(dim=-2) - y.amin(dim=-2) + _SPREAD_EPS)
+    # from the differences: routes agree to many digits at first, and a mean of the values themselves would round those
+    # away that matter, to gradients of noise that grow a hundredfold from block to block
+    above = y - y.amin(dim=-2, keepdim=True)
+    spread = above.std(dim=-2) / (above.mean(dim=-2) + _SPREAD_EPS)
     return y.sum(dim=-2) * F.relu(spread - threshold)
 
 
