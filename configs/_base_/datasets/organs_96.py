@@ -2,7 +2,7 @@
 data_root = "data/organs"
 window = (-125.0, 275.0)
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=1,
     persistent_workers=True,
     drop_last=True,
