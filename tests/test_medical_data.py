@@ -2,7 +2,10 @@
 
 import gzip
 import math
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,16 @@ h5py = pytest.importorskip("h5py")
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
-from vision_ssm.data import MedicalDataError, Volume, read_nifti, read_volume, scale_intensities, write_nifti  # noqa: E402
+from vision_ssm.data import (  # noqa: E402
+    MedicalDataError,
+    NiftiSlices,
+    NiftiVolumes,
+    Volume,
+    read_nifti,
+    read_volume,
+    scale_intensities,
+    write_nifti,
+)
 from vision_ssm.data.medical_cases import Reading, find_cases  # noqa: E402
 from vision_ssm.data.medical_dicom import read_dicom  # noqa: E402
 from vision_ssm.data.medical_files import read_arrays, stem_of  # noqa: E402
@@ -420,8 +432,14 @@ def test_cases_of_a_folder(tmp_path):
     ]
     assert Reading().volume(cases[0]).image.shape == (5, 2, 9, 7)
     dicom_series(tmp_path / "b" / "images" / "p_0001", voxels(shape=(5, 9, 7)))
-    save(tmp_path / "b" / "masks" / "p_0001.nii.gz", voxels() * 0)  # the number belongs to the name here
+    series = read_volume(tmp_path / "b" / "images" / "p_0001")
+    mask = (series.image[:, 0] > 0).astype(np.uint8)
+    write_nifti(tmp_path / "b" / "masks" / "p_0001.nii.gz", mask, series)  # the number belongs to the name here
     assert [case.name for case in find_cases(tmp_path / "b")] == ["p_0001"]
+    slices = NiftiSlices(tmp_path / "b", "all", classes=("background", "x"), window=(-125, 275))
+    assert len(slices) == 5 and np.array_equal(slices[2]["mask"], mask[2])
+    volume = NiftiVolumes(tmp_path / "b", "all", classes=("background", "x"), window=(-125, 275))[0]["volume"]
+    assert np.array_equal(slices[2]["image"], volume.image[2]) and np.array_equal(volume.mask, mask)
     (tmp_path / "a" / "imagesTr" / "case2_0001.nii.gz").unlink()
     with pytest.raises(MedicalDataError, match="1 to 2 channels; channels are missing of case2"):
         find_cases(tmp_path / "a")
@@ -436,6 +454,14 @@ def test_cases_of_a_folder(tmp_path):
             find_cases(tmp_path / folder)
     with pytest.raises(MedicalDataError, match="'imagesTs' and 'labelsTs'"):
         find_cases(tmp_path / "a", test=True)
+
+
+def test_the_library_imports_without_the_medical_extra():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('nibabel', 'h5py', 'pydicom', 'monai', 'scipy')));"
+        "import vision_ssm, vision_ssm.data.prepare; assert len(vision_ssm.data.draw_folds(['a', 'b'], 2)) == 2"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
 
 def test_what_is_missing_says_how_to_install():

@@ -1,5 +1,6 @@
 """Data sets, transforms, samplers and collation for classification, pose estimation and medical segmentation."""
 
+from vision_ssm.data.check_medical import check_dataset
 from vision_ssm.data.coco_keypoints import CocoKeypoints, collate_poses
 from vision_ssm.data.collate import collate
 from vision_ssm.data.decode import EXTENSIONS, UnreadableImageError, load_image, read_header, to_eight_bit
@@ -50,6 +51,7 @@ __all__ = [
     "UnreadableImageError",
     "Volume",
     "build_transform",
+    "check_dataset",
     "check_same_classes",
     "collate",
     "collate_poses",

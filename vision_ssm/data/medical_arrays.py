@@ -21,8 +21,8 @@ from vision_ssm.data.medical_intensity import check_finite, check_range
 from vision_ssm.data.medical_volume import MedicalDataError, Volume, labels_of
 from vision_ssm.registry import DATASETS
 
-SYNAPSE_FOLDERS = {"train": ("train_npz", "train_slice"), "test_vol": ("test_vol_h5", "test_vol")}
-"""Folders of the splits: the published name and MSVM-UNet's."""
+SLICE_FOLDERS, VOLUME_FOLDERS = ("train_npz", "train_slice"), ("test_vol_h5", "test_vol")
+"""Folders of Synapse's slices and volumes: the published name and MSVM-UNet's."""
 _SYNAPSE_LISTS = ("lists/lists_Synapse", "lists/list_Synapse", "lists_Synapse", "list_Synapse")
 _ACDC_LISTS = ("lists/lists_ACDC", "lists_ACDC")
 Range = tuple[float, float]
@@ -47,7 +47,7 @@ def listed_files(
     """
     folder = next((root / name for name in folders if (root / name).is_dir()), None)
     if folder is None:
-        raise MedicalDataError(missing(root / folders[0], f"folder of split {split!r}, a folder"))
+        raise MedicalDataError(missing(root / folders[0], f"{split} folder"))
     if list_dir is not None:
         file = Path(list_dir).expanduser() / f"{split}.txt"
         if not file.is_file():
@@ -64,7 +64,8 @@ def listed_files(
             stacklevel=4,
         )
         return [folder / name for name in present]
-    names = [line.strip().removesuffix(ending) + ending for line in file.read_text(encoding="utf-8").split()]
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    names = [line.removesuffix(ending) + ending for line in lines if line]
     if not names:
         raise MedicalDataError(f"the list {str(file)!r} is empty")
     known = set(present)
@@ -145,11 +146,13 @@ class _ArrayVolumes(VolumeDataset):
         return Volume(image[:, None], mask, spacing, None, self._cases[index])  # (D, H, W) -> (D, 1, H, W)
 
 
-def _synapse_files(root: str | os.PathLike, split: str, list_dir: str | os.PathLike | None, ending: str) -> list[Path]:
+def _synapse_files(
+    root: str | os.PathLike, split: str, list_dir: str | os.PathLike | None, folders: Sequence[str], ending: str,
+) -> list[Path]:
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise MedicalDataError(missing(folder, "data folder"))
-    return listed_files(folder, SYNAPSE_FOLDERS.get(split, (split,)), list_dir, _SYNAPSE_LISTS, split, ending)
+    return listed_files(folder, folders, list_dir, _SYNAPSE_LISTS, split, ending)
 
 
 def _acdc_files(root: str | os.PathLike, split: str, list_dir: str | os.PathLike | None) -> list[Path]:
@@ -165,7 +168,7 @@ class SynapseSlices(_ArraySlices):
 
     Args:
         root: Folder with ``train_npz`` (or ``train_slice``) and ``lists/lists_Synapse``.
-        split: List ``SPLIT.txt`` of stems.
+        split: List ``SPLIT.txt`` of stems; one's own list may name some of the slices for validation.
         list_dir: Folder of the lists, where they lie elsewhere.
         classes: See `MedicalDataset`.
         transform: See `SampleDataset`.
@@ -177,7 +180,7 @@ class SynapseSlices(_ArraySlices):
         classes: str | Sequence[str] = "synapse", transform: dict[str, Any] | None = None,
         value_range: Range | None = (0.0, 1.0),
     ) -> None:
-        files = _synapse_files(root, split, list_dir, ".npz")
+        files = _synapse_files(root, split, list_dir, SLICE_FOLDERS, ".npz")
         super().__init__(root, files, classes, transform, ("image", "label"), value_range)
 
 
@@ -196,7 +199,7 @@ class SynapseVolumes(_ArrayVolumes):
         classes: str | Sequence[str] = "synapse", spacing: Sequence[float] | None = None,
         value_range: Range | None = (0.0, 1.0),
     ) -> None:
-        files = _synapse_files(root, split, list_dir, ".npy.h5")
+        files = _synapse_files(root, split, list_dir, VOLUME_FOLDERS, ".npy.h5")
         super().__init__(root, files, classes, spacing, ("image", "label"), value_range)
 
 

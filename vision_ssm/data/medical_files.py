@@ -9,7 +9,7 @@ import os
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +87,7 @@ def read_arrays(path: PathLike, keys: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 @contextmanager
-def _nibabel_errors(path: Path):
+def _nibabel_errors(path: Path) -> Iterator[ModuleType]:
     nibabel = optional("nibabel")
     damaged = (
         OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError,
@@ -142,7 +142,7 @@ def read_nifti(path: PathLike, as_labels: bool = False) -> tuple[np.ndarray, Gri
 
 def _check_zooms(nibabel: ModuleType, image: Any, name: str) -> None:
     """Refuse a spacing of zero along an axis of several voxels, which nibabel would replace by 1 mm."""
-    with nibabel.openers.ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
+    with nibabel.openers.ImageOpener(image.get_filename()) as file:
         raw = image.header_class.from_fileobj(file, check=False)
     zooms = raw["pixdim"][1:4].tolist()
     if any(side > 1 and not zoom > 0 for side, zoom in zip(image.shape, zooms)):
@@ -156,8 +156,6 @@ def _affine(image: Any, name: str) -> np.ndarray:
     """(4, 4) of a NIfTI image in millimetres; what a reader should know about it is warned of."""
     affine = np.asarray(image.affine, dtype=np.float64)
     header = image.header
-    if "sform_code" not in header:  # Analyze files, which nibabel reads as well
-        return affine
     sform, qform = int(header["sform_code"]), int(header["qform_code"])
     if not sform and not qform:
         warnings.warn(

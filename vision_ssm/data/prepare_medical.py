@@ -23,7 +23,6 @@ from vision_ssm.data.organ_layouts import (
 from vision_ssm.data.progress import tracked_map
 from vision_ssm.data.writing import PrepareError, replacing
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _README = """\
 Slices of NIfTI volumes in the form of Synapse (TransUNet)
 
@@ -157,7 +156,7 @@ def _nifti_command(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def add_medical_commands(commands: Commands) -> None:
+def add_medical_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``organs``, ``lesions`` and ``nifti`` to the commands of ``tools/prepare_data.py``."""
     raw = argparse.RawDescriptionHelpFormatter
     workers = min(8, os.cpu_count() or 1)
@@ -197,7 +196,7 @@ def add_medical_commands(commands: Commands) -> None:
     _add_nifti(commands, workers)
 
 
-def _add_nifti(commands: Commands, workers: int) -> None:
+def _add_nifti(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", workers: int) -> None:
     nifti = commands.add_parser(
         "nifti",
         help="turn NIfTI or DICOM volumes with label maps into slices",
