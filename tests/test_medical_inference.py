@@ -165,11 +165,17 @@ def test_few_slices_are_predicted_at_a_time():
     assert [part[0] for part in model.shapes] == [4, 4, 3]
 
 
-def test_windows_of_several_slices_fill_a_batch():
+@pytest.mark.parametrize("shape, batches", [
+    ((8, 1, 16, 24), [8] * 2),  # two windows a slice
+    ((8, 1, 32, 32), [8] * 9),  # nine, in batches across slices
+    ((1, 1, 80, 88), [8] * 11 + [2]),  # 9 x 10: a slice at a time
+    ((2, 1, 80, 88), [8] * 11 + [2] + [8] * 11 + [2]),
+])  # fmt: skip
+def test_windows_of_several_slices_fill_a_batch(shape, batches):
     pytest.importorskip("monai")
     model = Net()
-    predict_volume(model, volume(8, 1, 16, 24), window=16, batch=8)  # two windows a slice
-    assert [part[0] for part in model.shapes] == [8, 8]
+    predict_volume(model, volume(*shape), window=16, batch=8)
+    assert [part[0] for part in model.shapes] == batches
 
 
 def test_modes_of_training_return():

@@ -22,6 +22,7 @@ FLIPS = {"horizontal": (3,), "vertical": (2,), "both": (2, 3)}
 """Test-time flips and the axes of (B, C, H, W) that they turn round."""
 MAX_CLASSES = 256
 MAX_THREADS = 16
+BATCHES_OF_WINDOWS = 8  # that slices make together, where they are small: few batches are then less than full
 
 Predictor = Callable[[Tensor], Tensor]
 
@@ -105,7 +106,7 @@ def predict_volume(
     step = batch
     if window is not None:
         predict = _windowed(predict, window, overlap, batch)
-        step = math.ceil(batch / _window_count(own, window, overlap))
+        step = min(batch, math.ceil(BATCHES_OF_WINDOWS * batch / _window_count(own, window, overlap)))
     labels = np.empty((len(image), *own), dtype=np.uint8)
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     with torch.no_grad(), _evaluating(model):
@@ -160,15 +161,14 @@ class _Probabilities:
 
     def __init__(self, model: nn.Module | Predictor, flips: Sequence[str], dtype: torch.dtype | None) -> None:
         self.model = model
-        self.axes = [(), *(FLIPS[flip] for flip in flips)]
+        self.axes = [FLIPS[flip] for flip in flips]
         self.dtype = dtype
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        total = None
+        total = self._once(inputs)
         for axes in self.axes:
-            probabilities = self._once(inputs.flip(axes)).flip(axes)
-            total = probabilities if total is None else total.add_(probabilities)
-        return total.div_(len(self.axes))
+            total += self._once(inputs.flip(axes)).flip(axes)
+        return total / (len(self.axes) + 1) if self.axes else total
 
     def _once(self, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None):
@@ -187,7 +187,7 @@ def _decide(probabilities: Tensor) -> Tensor:
     """(B, K, H, W) to labels (B, H, W) uint8."""
     if probabilities.shape[1] == 1:
         return (probabilities[:, 0] >= 0.5).to(torch.uint8)
-    return probabilities.argmax(1).to(torch.uint8)
+    return probabilities.max(1).indices.to(torch.uint8)  # on a CPU four times as fast as argmax
 
 
 def _windowed(predict: Predictor, window: tuple[int, int], overlap: float, batch: int) -> Predictor:
