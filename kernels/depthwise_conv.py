@@ -6,9 +6,10 @@ the columns that it touches, so every value is read from memory about once and a
 unrolled by the width of the kernel, which gives every column in flight a fixed register and spares moving them.
 
 The gradients are one walk of the same kind. It recomputes the pre-activation and its gradient, for a margin around the
-strip too, so that the gradient of x comes out of the same pass; nothing but the inputs is ever kept. Kernels of many
+strip too, so that the gradient of x comes out of the same pass; nothing but the inputs is ever kept. Kernels of more
 taps, which would not fit into the registers, write the gradient of the pre-activation instead and convolve it with the
-flipped kernel. Weight and bias gradients are summed per program and then over the programs, always in one order.
+flipped kernel; the largest take the kernels of `depthwise_conv_rows`. Weight and bias gradients are summed per program
+and then over the programs, always in one order.
 
 In the comments: t is a step of the walk, k a column and i a row of the convolution kernel.
 """
@@ -20,51 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import depthwise_conv_rows as by_rows
+from .activation import activate, slope
 from .launch import launch
-from .sizes import ceil_div, power_of_2
-
-_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_GAUSS: tl.constexpr = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+from .sizes import ceil_div, channel_block
 
 _FUSED_TAPS = 9  # larger kernels do not fit into the registers together with the gradient of x
+_WALKED_TAPS = 25  # larger kernels take minutes to compile, and go by rows
 _WARPS = 4
 _PROGRAMS = 512  # aimed at where a map is wide enough to be cut: about four for every processor of a large GPU
-
-
-@triton.jit
-def _normal(value):
-    """exp(-value^2 / 2), and the normal distribution function with an absolute error of about 1e-7.
-
-    Abramowitz and Stegun, formula 7.1.26: two thirds of the instructions of the CUDA library, and the exponential is
-    what the gradient needs too.
-    """
-    bell = tl.exp2(value * value * (-0.5 * _LOG2_E))
-    s = 1.0 / (1.0 + 0.23164189 * tl.abs(value))  # 0.3275911 / sqrt(2)
-    tail = ((((1.061405429 * s - 1.453152027) * s + 1.421413741) * s - 0.284496736) * s + 0.254829592) * s
-    tail *= 0.5 * bell
-    return bell, tl.where(value < 0, tail, 1.0 - tail)
-
-
-@triton.jit
-def _activate(value, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "silu":
-        return value / (1.0 + tl.exp2(value * -_LOG2_E))
-    elif ACTIVATION == "gelu":
-        _, below = _normal(value)
-        return value * below
-    else:
-        return value
-
-
-@triton.jit
-def _slope(value, ACTIVATION: tl.constexpr):
-    """Derivative of the activation."""
-    if ACTIVATION == "silu":
-        gate = 1.0 / (1.0 + tl.exp2(value * -_LOG2_E))
-        return gate * (1.0 + value * (1.0 - gate))
-    else:
-        bell, below = _normal(value)
-        return below + value * bell * _GAUSS
 
 
 @triton.jit
@@ -187,7 +152,7 @@ def _depthwise_conv_forward_kernel(
             column = unit + (t + j - (KW - 1))
             store = owned & (column >= 0) & (column < end)
             for r in tl.static_range(ROWS):
-                value = _activate(sums[(j + 1) % KW * ROWS + r], ACTIVATION)
+                value = activate(sums[(j + 1) % KW * ROWS + r], ACTIVATION)
                 mask = store if EVEN_ROWS else store & (top + r < height)
                 tl.store(target + (r * line + j) * C, value.to(out.dtype.element_ty), mask=mask)
         target += KW * C
@@ -299,7 +264,7 @@ def _depthwise_conv_backward_kernel(
                     for i in tl.static_range(KH):
                         for k in tl.static_range(KW):
                             total += window[(j + 1 + k) % KW * COUNT + r + i] * taps[i * KW + k]
-                    value *= _slope(total, ACTIVATION)
+                    value *= slope(total, ACTIVATION)
                 before = before + (value,)
 
             column = unit + (t + j - (KW - 1) - MW)
@@ -381,10 +346,7 @@ class _Plan(NamedTuple):
         _, _, kernel_height, kernel_width = weight.shape
         rows = [count for count in (7, 4, 2, 1) if count * kernel_width <= max(sums, kernel_width)]
         height_of_strip = min(rows, key=lambda count: (ceil_div(height, count) * (count + halo), -count))
-        # A power of two that divides C wastes no lane; blocks below 16 channels waste memory transactions instead
-        block = min(32, channels & -channels)
-        if block < 16:
-            block = min(32, power_of_2(channels))
+        block = channel_block(channels)
         if images * height * width * ceil_div(channels, block) >= 1 << 31:  # programs and strips are int32
             raise ValueError(f"depthwise_conv: x of shape {tuple(shape)} has too many positions for one launch")
         adjacent = 2 if kernel_height * kernel_width <= 25 else 1  # channels in a lane
@@ -434,7 +396,9 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, f
     if not out.numel():
         return out
     x, line = lines(x)
-    plan = _Plan.choose(x.shape, weight, halo=weight.shape[2] - 1, sums=21)
+    plan = _Plan.choose(x.shape, weight, halo=weight.shape[2] - 1, sums=21)  # refuses maps that are too large
+    if weight[0].numel() > _WALKED_TAPS:
+        return by_rows.convolve(x, line, weight, bias, activation, out, flip=flip)
     grid = (plan.programs(x.shape) * ceil_div(x.shape[3], plan.channels),)
     launch(
         _depthwise_conv_forward_kernel,
@@ -457,20 +421,15 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> 
     return _convolve(x, weight.contiguous(), None if bias is None else bias.contiguous(), activation, flip=False)
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> dict[str, Tensor]:
-    """grad: (B, H, W, C). Returns the gradients of x, weight and, if it is given, bias, each in its dtype."""
-    weight, grad = weight.contiguous(), grad.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    grads = {"weight": torch.empty_like(weight)} | ({} if bias is None else {"bias": torch.empty_like(bias)})
-    if not x.numel():
-        return {name: value.zero_() for name, value in grads.items()} | {"x": torch.empty_like(x)}
-    x, line = lines(x)
+def _walk_back(
+    grad: Tensor, x: Tensor, line: int, weight: Tensor, bias: Tensor | None, activation: str, fused: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradient of x if `fused`, else that of the pre-activation, None where that is `grad`; parts of the others."""
     channels, _, kernel_height, kernel_width = weight.shape
-    taps = kernel_height * kernel_width
-    fused = taps <= _FUSED_TAPS
     halo, sums = (2 * (kernel_height - 1), 21) if fused else (kernel_height - 1, 14)
     plan = _Plan.choose(x.shape, weight, halo, sums)
-    programs, total = plan.programs(x.shape), channels * (taps + 1)
+    programs = plan.programs(x.shape)
+    total = channels * (kernel_height * kernel_width + 1)
     partial = torch.empty((programs, total), dtype=torch.float32, device=x.device)
     out = None
     if fused or activation != "none":
@@ -491,6 +450,30 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
         FUSED=fused,
         **plan.constants(x.shape, weight),
     )
+    return out, partial
+
+
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> dict[str, Tensor]:
+    """grad: (B, H, W, C). Returns the gradients of x, weight and, if it is given, bias, each in its dtype."""
+    weight, grad = weight.contiguous(), grad.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    grads = {"weight": torch.empty_like(weight)} | ({} if bias is None else {"bias": torch.empty_like(bias)})
+    if not x.numel():
+        return {name: value.zero_() for name, value in grads.items()} | {"x": torch.empty_like(x)}
+    x, line = lines(x)
+    taps = weight[0].numel()
+    if taps > _WALKED_TAPS:
+        before = grad
+        if activation != "none":
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            before = by_rows.convolve(x, line, weight, bias, activation, out, grad=grad)
+        partial = by_rows.weight_parts(x, line, weight, before)
+        grads["x"] = _convolve(before, weight, None, "none", flip=True)
+    else:
+        fused = taps <= _FUSED_TAPS
+        out, partial = _walk_back(grad, x, line, weight, bias, activation, fused)
+        grads["x"] = out if fused else _convolve(grad if out is None else out, weight, None, "none", flip=True)
+    programs, total = partial.shape
     launch(
         _depthwise_conv_sum_kernel,
         (ceil_div(total, 32),),
@@ -498,11 +481,10 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activ
         grads["weight"],
         grads.get("bias"),
         programs,
-        channels * taps,
+        weight.numel(),
         total,
         ROWS=128,
         COLUMNS=32,
         num_warps=8,
     )
-    grads["x"] = out if fused else _convolve(grad if out is None else out, weight, None, "none", flip=True)
     return grads

@@ -24,12 +24,16 @@ CASES = {
     "more channels than a block": ((1, 4, 1, 40), (3, 3)),
     "5 x 5": ((1, 7, 6, 5), (5, 5)),
     "5 x 5, two columns": ((2, 7, 2, 5), (5, 5)),
+    "7 x 7": ((2, 9, 10, 5), (7, 7)),
+    "9 x 9, one row": ((1, 1, 17, 6), (9, 9)),
+    "9 x 3, many parts": ((40, 1, 2, 16), (9, 3)),
     "1 x 7": ((1, 3, 9, 16), (1, 7)),
     "7 x 1": ((1, 9, 3, 16), (7, 1)),
     "1 x 1": ((1, 3, 5, 5), (1, 1)),
 }
 ODD = ((1, 3, 4, 24), (3, 3))
 LARGE = ((1, 3, 4, 5), (5, 5))  # takes another path of the kernels than 3 x 3
+LARGEST = ((1, 3, 4, 5), (7, 7))  # and this one a third
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +86,7 @@ def test_twin(path, case):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE], ids=["3 x 3", "5 x 5"])
+@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE, LARGEST], ids=["3 x 3", "5 x 5", "7 x 7"])
 def test_activations(path, shape, size, activation, bias):
     compare_with_twin(conv_inputs(shape, size, bias), activation, torch.float32)
 
@@ -95,7 +99,7 @@ def test_twin_in_float64(shape, size, activation):
 
 @pytest.mark.parametrize("wide", [True, False], ids=["float32 parameters", "same dtype"])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE], ids=["3 x 3", "5 x 5"])
+@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE, LARGEST], ids=["3 x 3", "5 x 5", "7 x 7"])
 def test_half_precision(path, shape, size, dtype, wide):
     compare_with_twin(conv_inputs(shape, size), "silu", dtype, torch.float32 if wide else dtype)
 
@@ -158,7 +162,7 @@ def test_no_images(path, batch):
         torch.testing.assert_close(got[name], value)
 
 
-@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE, ((1, 2, 29, 5), (3, 3))], ids=["3 x 3", "5 x 5", "wide"])
+@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE, LARGEST, ((1, 2, 29, 5), (3, 3))], ids=["3 x 3", "5 x 5", "7 x 7", "wide"])
 def test_no_uninitialised_memory_is_read(interpreter, monkeypatch, shape, size):
     """Outputs are NaN before the kernels run, and every element of them is written."""
     module = kernels.find("depthwise_conv")
@@ -168,7 +172,7 @@ def test_no_uninitialised_memory_is_read(interpreter, monkeypatch, shape, size):
     assert poison.count > 0
 
 
-@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE], ids=["3 x 3", "5 x 5"])
+@pytest.mark.parametrize(("shape", "size"), [ODD, LARGE, LARGEST], ids=["3 x 3", "5 x 5", "7 x 7"])
 def test_repetition_is_bit_equal(path, shape, size):
     tensors = conv_inputs(shape, size)
     first, second = (differentiate(depthwise_conv, tensors, "gelu", tensors[0]) for _ in range(2))

@@ -554,10 +554,11 @@ def test_layer_norm(center, channels, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("size", [3, 5, 9])
 @pytest.mark.parametrize("channels", [96, 37])
-def test_depthwise_conv(channels, dtype):
-    """3 x 3 with SiLU against the twin in float64, and bit-equal on repetition."""
-    inputs = {"x": torch.randn(2, 13, 11, channels), "weight": torch.randn(channels, 1, 3, 3)}
+def test_depthwise_conv(channels, size, dtype):
+    """The three ways of the kernels, with SiLU, against the twin in float64, and bit-equal on repetition."""
+    inputs = {"x": torch.randn(2, 13, 11, channels), "weight": torch.randn(channels, 1, size, size) / size}
     inputs = on_gpu(inputs | {"bias": torch.randn(channels)})
     ours = partial(depthwise_conv, activation="silu")
     compare("depthwise_conv", ours, partial(depthwise_conv_reference, activation="silu"), inputs, dtype)

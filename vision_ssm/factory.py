@@ -2,7 +2,7 @@
 
 import fnmatch
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,6 @@ from .backbones.family import ModelFamily, build_variant, check_overrides, owner
 from .registry import BACKBONES, UNETS, suggest
 from .unets.base import UNet, load_encoder
 from .weights import load_state_dict, load_weights
-
-_WITHOUT_ORIGINAL = ("encoder_unet", "plain_unet")
 
 
 def families() -> dict[str, list[type[Backbone]]]:
@@ -149,6 +147,11 @@ def _load(model: ModelFamily, pretrained: str | os.PathLike | None, reset_head: 
         load_weights(model, pretrained, reset_head=reset_head)
 
 
+def _has_original(cls: type[ModelFamily]) -> bool:
+    """Whether the family follows an original, and not only a paper."""
+    return any("from_official_config" in vars(base) for base in cls.__mro__ if base is not ModelFamily)
+
+
 def import_official(family: str, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> Any:
     """Build a model from an original repository's hyperparameters and state dict, and load it strictly.
 
@@ -167,8 +170,8 @@ def import_official(family: str, config: dict[str, Any], state_dict: dict[str, t
         KeyError: unknown family. ValueError: hyperparameter unknown to the original. CheckpointError: the state dict
         does not fit the model the hyperparameters describe.
     """
-    with_original = {key: found for key, found in unet_families().items() if key not in _WITHOUT_ORIGINAL}
-    known: Mapping[str, list[type[ModelFamily]]] = {**families(), **with_original}
+    known: dict[str, list[type[ModelFamily]]] = {**families(), **unet_families()}
+    known = {name: found for name, found in known.items() if any(map(_has_original, found))}
     if family not in known:
         raise KeyError(f"unknown family {family!r}.{suggest(family, known)}")
     keys = set(state_dict)

@@ -48,6 +48,7 @@ def listed_files(
     folder = next((root / name for name in folders if (root / name).is_dir()), None)
     if folder is None:
         raise MedicalDataError(missing(root / folders[0], f"{split} folder"))
+    file: Path | None
     if list_dir is not None:
         file = Path(list_dir).expanduser() / f"{split}.txt"
         if not file.is_file():

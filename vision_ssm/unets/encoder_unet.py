@@ -24,6 +24,7 @@ from .plain_unet import ConvPair
 
 _FINEST_STRIDE = 4
 _LEAST_WIDTH = 16
+_PLAIN_WIDTH = 64  # from here on a level is at most half as wide as the one before, as maps of a plain backbone are not
 _TAKEN = ("features_only", "num_classes", "in_chans")
 _EXPANSIONS = {"patch": PatchExpanding, "large_kernel": LargeKernelExpanding}
 
@@ -129,13 +130,14 @@ class EncoderUNet(UNet):
         for dim, reduction in skips:
             if stride % reduction:
                 raise ValueError(f"strides of an encoder must divide one another, got {stride} and {reduction}")
-            levels.append((dim, reduction, dim))
-            width, stride = dim, reduction
+            width = min(dim, max(width // 2, _PLAIN_WIDTH))
+            stride = reduction
+            levels.append((width, stride, dim))
         while stride > _FINEST_STRIDE and stride % 2 == 0:
             width, stride = max(width // 2, _LEAST_WIDTH), stride // 2
             levels.append((width, stride, 0))
         if not levels:
-            raise ValueError("a U-Net needs maps of two strides or more")
+            raise ValueError(f"a U-Net needs maps of two strides or more, and the encoder has one, of stride {stride}")
         return levels
 
     @classmethod

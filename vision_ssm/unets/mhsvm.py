@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         decoder_depths=(1, 1, 1, 1),
         dims=24,
         drop_path_rate=0.0,
-        **_scan(state_dim=4),
+        **_scan(state_dim=2),
     ),
 }
 

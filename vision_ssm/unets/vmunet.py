@@ -192,7 +192,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         depths=(1, 1, 1, 1),
         decoder_depths=(1, 1, 1, 1),
         dims=24,
-        scan=dict(VMUNet.default_scan, state_dim=4),
+        scan={**VMUNet.default_scan, "expand": 1.0, "state_dim": 2},
         drop_path_rate=0.0,
     ),
 }
