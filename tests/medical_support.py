@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
-import h5py
-import nibabel
 import numpy as np
+import pytest
 from engine_support import CONFIGS
 from mmengine.config import Config
 from PIL import Image
+
+h5py = pytest.importorskip("h5py")
+nibabel = pytest.importorskip("nibabel")
 
 MEDICAL = CONFIGS / "medical"
 ORGANS = MEDICAL / "vmunet_micro_organs.py"

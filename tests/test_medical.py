@@ -6,17 +6,15 @@ import json
 import shutil
 from pathlib import Path
 
-import h5py
-import nibabel
 import numpy as np
 import pytest
 import torch
 from engine_support import EXACT, ROOT, differences, run_python, runs_are_exact
-from medical_support import MICRO, SIZE, draw_case, small_run, write_isic, write_nifti
+from medical_support import MICRO, SIZE, draw_case, h5py, nibabel, small_run, write_isic, write_nifti
 from mmengine.config import Config
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from PIL import Image
 from scipy.spatial.transform import Rotation
+from test_medical_data import dicom_series
 from torch import nn
 
 from vision_ssm import CheckpointError
@@ -32,6 +30,7 @@ from vision_ssm.engine.predict_command import predict as run_predict
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .scheduler.step")
 DICE_CE = dict(kind="dice_ce")
+orientations = nibabel.orientations
 
 
 def segmentor(num_classes: int = 6, **options) -> MedicalSegmentor:
@@ -317,14 +316,19 @@ def test_command_test_prints_classes(organs, trained, tmp_path, capsys):
 # Prediction
 
 
+def way_to(axes: str, affine: np.ndarray) -> np.ndarray:
+    """How voxels with this affine are turned so that their axes run towards these sides."""
+    return orientations.ornt_transform(orientations.io_orientation(affine), orientations.axcodes2ornt(axes))
+
+
 def turned_copy(source: Path, target: Path, axes: str, rotation: Rotation) -> tuple[np.ndarray, np.ndarray]:
     """A scan stored along other axes and rotated in the world; returns its voxels and affine."""
     scan = nibabel.load(source)
-    transform = ornt_transform(io_orientation(scan.affine), axcodes2ornt(axes))
-    voxels = apply_orientation(scan.get_fdata(dtype=np.float32), transform)
+    transform = way_to(axes, scan.affine)
+    voxels = orientations.apply_orientation(scan.get_fdata(dtype=np.float32), transform)
     turn = np.eye(4)
     turn[:3, :3], turn[:3, 3] = rotation.as_matrix(), (12.0, -7.0, 33.0)
-    affine = turn @ scan.affine @ inv_ornt_aff(transform, scan.shape)
+    affine = turn @ scan.affine @ orientations.inv_ornt_aff(transform, scan.shape)
     nibabel.save(nibabel.Nifti1Image(voxels, affine), target)
     return voxels, affine
 
@@ -362,8 +366,8 @@ def test_from_training_to_the_mask_of_a_turned_scan(organs, trained, tmp_path, c
     assert "turned_mask.nii.gz" in capsys.readouterr().out
     plain, turned = (nibabel.load(tmp_path / "out" / f"{name}_mask.nii.gz") for name in ("case_4_0000", "turned"))
     assert turned.shape == voxels.shape and np.allclose(turned.affine, affine, atol=1e-5)
-    transform = ornt_transform(io_orientation(plain.affine), axcodes2ornt("PIL"))
-    assert np.array_equal(apply_orientation(np.asarray(plain.dataobj), transform), np.asarray(turned.dataobj))
+    expected = orientations.apply_orientation(np.asarray(plain.dataobj), way_to("PIL", plain.affine))
+    assert np.array_equal(expected, np.asarray(turned.dataobj))
     assert (tmp_path / "out" / "turned_montage.png").is_file() and (tmp_path / "out" / "turned_overlays").is_dir()
 
 
@@ -384,6 +388,21 @@ def test_arrays_and_pictures(organs, tmp_path, capsys):
     assert picture.image.shape == (1, 3, SIZE, SIZE) and picture.image.max() == pytest.approx(255)
     file = predictor.save(picture, predictor(picture), tmp_path)
     assert file.name == "ISIC_0000001_mask.png" and set(np.unique(np.asarray(Image.open(file)))) <= {0, 255}
+
+
+def test_dicom_series(tmp_path):
+    image, _ = draw_case(3)
+    hounsfield = np.rint(image * 400 - 125).astype(int)
+    turn = Rotation.from_euler("xyz", (8, -5, 12), degrees=True).as_matrix()
+    dicom_series(tmp_path / "series", hounsfield, turn=turn)
+    model = segmentor(2)
+    model.unet = Bright()
+    predictor = MedicalPredictor(model, Reading(window=(-125.0, 275.0)), device="cpu")
+    volume = predictor.read(tmp_path / "series")
+    mask = nibabel.load(predictor.save(volume, predictor(volume), tmp_path))
+    assert np.allclose(mask.affine, volume.grid.affine) and np.allclose(mask.header.get_zooms(), (0.8, 1.5, 4.0))
+    found = np.asarray(mask.dataobj).transpose(2, 1, 0) == 1  # in the order of the series
+    assert np.array_equal(found, (hounsfield + 125) / 400 > 0.6) and found.any()
 
 
 def test_wrong_predictions_are_explained(organs, trained, tmp_path, capsys):
