@@ -11,5 +11,5 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=1e-2, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
     dict(type="CosineAnnealingLR", eta_min_ratio=1e-2, begin=1, by_epoch=True, convert_to_iter_based=True),
 ]
-train_cfg = dict(by_epoch=True, max_epochs=26, val_interval=13)
+train_cfg = dict(by_epoch=True, max_epochs=34, val_interval=17)
 custom_hooks = []
