@@ -142,6 +142,8 @@ def test_public_names():
         "list_models",
         "list_routes",
         "list_scans",
+        "list_unets",
+        "load_encoder",
         "load_weights",
     ]
     assert all(hasattr(vision_ssm, name) for name in vision_ssm.__all__)

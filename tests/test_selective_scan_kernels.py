@@ -20,8 +20,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = {
     "one state": dict(states=1),
     "one state, whole tiles": dict(states=1, length=32),
-    "one step": dict(states=1, length=1, batch=16),
-    "two steps, 3 states": dict(states=3, length=2, batch=16),
+    "one step": dict(states=1, length=1, batch=3),
+    "two steps, 3 states": dict(states=3, length=2, batch=3),
     "3 states": dict(states=3),
     "16 states, several chunks": dict(states=16, length=70, batch=1, dim=7),
     "groups": dict(states=1, groups=3, length=33),
@@ -75,7 +75,7 @@ def test_every_cut(monkeypatch, forward, backward, states):
     [
         dict(states=1),
         dict(states=5),
-        dict(states=2, groups=2, gate=False, dim=4),
+        dict(states=2, groups=2, gate=False, dim=4, batch=1),
         dict(states=2, softplus=False, bias=False),
     ],
     ids=str,
