@@ -15,9 +15,13 @@ from .hooks import (
     find_non_finite,
 )
 from .loops import EpochTrainLoop, IterTrainLoop
+from .medical import IntensityScale, MedicalBatch, MedicalSegmentor
+from .medical_figures import draw_montage, overlay
+from .medical_hooks import FreezeEncoderHook, MedicalPicturesHook, StopOnPlateauHook
 from .medical_inference import keep_largest, predict_volume
 from .medical_losses import SegmentationLoss
 from .medical_metrics import GlobalMetric, VolumeEvaluation, VolumeMetric
+from .medical_predict import MedicalPredictor
 from .medical_scores import VolumeScores, score_volume
 from .metrics import ClassificationMetric, Evaluation, Prediction
 from .optim import MixedPrecisionOptimWrapper, ParameterGroups, parameter_groups
@@ -35,12 +39,18 @@ __all__ = [
     "Distillation",
     "EpochTrainLoop",
     "Evaluation",
+    "FreezeEncoderHook",
     "GlobalMetric",
     "GraphedCall",
     "HeatmapHead",
     "ImageBatch",
     "ImageClassifier",
+    "IntensityScale",
     "IterTrainLoop",
+    "MedicalBatch",
+    "MedicalPicturesHook",
+    "MedicalPredictor",
+    "MedicalSegmentor",
     "MixedPrecisionOptimWrapper",
     "NonFiniteError",
     "NonFiniteHook",
@@ -53,6 +63,7 @@ __all__ = [
     "RecordHook",
     "Runner",
     "SampleDrawer",
+    "StopOnPlateauHook",
     "SegmentationLoss",
     "TopDownPose",
     "VolumeEvaluation",
@@ -60,6 +71,7 @@ __all__ = [
     "VolumeScores",
     "build_loss",
     "distillation_loss",
+    "draw_montage",
     "draw_pose_grid",
     "draw_poses",
     "find_non_finite",
@@ -67,6 +79,7 @@ __all__ = [
     "load_pose_weights",
     "object_keypoint_similarity",
     "oks_nms",
+    "overlay",
     "parameter_groups",
     "predict_volume",
     "read_training",

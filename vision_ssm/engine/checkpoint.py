@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -220,7 +221,7 @@ def fingerprint(cfg: Mapping[str, Any]) -> dict[str, str]:
     """What in a config decides the numbers of a run, flattened to ``{"model.backbone.name": "'vmamba_micro'", ...}``.
 
     Folders, files, workers, logging and the like are left out, and so are switches that choose how the same numbers
-    are computed; of the custom hooks only those that change weights (EMA) count.
+    are computed; of the custom hooks only those that change weights (EMA, a resting encoder) count.
     """
     flat: dict[str, str] = {}
 
@@ -241,7 +242,7 @@ def fingerprint(cfg: Mapping[str, Any]) -> dict[str, str]:
         for part in key.split("."):
             node = node.get(part) if hasattr(node, "get") else None  # mmengine's Config is no Mapping
         if key == "custom_hooks":
-            node = [hook for hook in node or [] if "EMA" in str(hook.get("type"))]
+            node = [hook for hook in node or [] if re.search("EMA|FreezeEncoder", str(hook.get("type")))]
         visit(key, node)
     return flat
 

@@ -26,6 +26,9 @@ from .config import (
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense_checks import check_dense
 from .logs import ignore_harmless_warnings
+from .medical import MedicalSegmentor
+from .medical_hooks import find_volumes
+from .medical_metrics import VolumeEvaluation
 from .metrics import Evaluation, find_evaluation, format_metric
 from .pose import TopDownPose, load_pose_weights
 from .runner import Runner
@@ -47,7 +50,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     """Train a model from a config."""
     parser = command_parser(
         "Train a model from a config. Everything is written to the work dir: checkpoints, log, TensorBoard events, "
-        "curves.png, confusion_matrix.png, predictions.png, config, environment.",
+        "curves.png, confusion_matrix.png, predictions.png, tables, config, environment.",
         """  train.py configs/classification/quickstart_digits.py
   train.py configs/classification/vmamba_tiny_s1l8_8xb128_in1k.py --data-root /data/imagenet --amp bf16
   train.py CONFIG --resume                              continue after an interruption, exactly
@@ -102,6 +105,7 @@ def test(argv: Sequence[str] | None = None) -> int:
         """  test.py configs/classification/quickstart_digits.py work_dirs/quickstart_digits/best_top1.pth
   test.py CONFIG official_weights.pth --data-root /data/imagenet --out predictions.csv
   test.py configs/segmentation/CONFIG.py iter_160000.pth --tta                       several scales and flips
+  test.py configs/medical/CONFIG.py best_dice.pth --cfg-options model.inference.flips=horizontal,vertical,both
   test.py SEGMENTATION CHECKPOINT --cfg-options model.test_cfg.mode=slide model.test_cfg.crop_size=512,512 \\
       model.test_cfg.stride=341,341                                                  sliding window""",
     )
@@ -109,8 +113,9 @@ def test(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="checkpoint of a training run, or official weights of the config's model")
     add_common_flags(parser)
     parser.add_argument(
-        "--out", metavar="FILE.csv", help="classification: write one line per image: file, label, prediction"
-    )
+        "--out", metavar="FILE.csv",
+        help="classification: one line per image (file, label, prediction); medical images: one per case and class",
+    )  # fmt: skip
     parser.add_argument(
         "--tta",
         action="store_true",
@@ -133,18 +138,23 @@ def test(argv: Sequence[str] | None = None) -> int:
         cfg.default_hooks = {key: hook for key, hook in cfg.default_hooks.items() if key in ("logger", "pictures")}
         cfg.default_hooks.update(checkpoint=None, param_scheduler=None, sampler_seed=None)
         cfg.custom_hooks = []
-        if args.out and cfg.model.type != "vision_ssm.ImageClassifier":
-            raise UsageError(f"--out is for image classifiers; the model of this config is {cfg.model.type}")
+        if args.out and cfg.model.type not in ("vision_ssm.ImageClassifier", "vision_ssm.MedicalSegmentor"):
+            raise UsageError(f"--out is for image classifiers and medical images; this model is {cfg.model.type}")
         if args.tta:
             use_test_time_augmentation(cfg)
         if isinstance(cfg.model.get("backbone"), dict) and "init_cfg" in cfg.model.backbone:
             cfg.model.backbone.init_cfg = None  # every weight comes from the checkpoint
+        if cfg.model.type == "vision_ssm.MedicalSegmentor":
+            cfg.model.pretrained = None
         runner = Runner.from_cfg(cfg)
         model = runner.bare_model
         if isinstance(model, ImageClassifier):
             load_weights(model.backbone, args.checkpoint, verbose=False)
         elif isinstance(model, TopDownPose):
             load_pose_weights(model, args.checkpoint)
+        elif isinstance(model, MedicalSegmentor):
+            model.check_classes(runner.test_dataloader.dataset.metainfo["classes"])
+            load_weights(model.unet, args.checkpoint, verbose=False)
         else:
             runner.load_checkpoint(args.checkpoint)
         _ = runner.test_loop
@@ -152,6 +162,9 @@ def test(argv: Sequence[str] | None = None) -> int:
         metrics = runner.test()
         if runner.rank == 0:
             _report_test(metrics, find_evaluation(runner.test_evaluator), cfg.work_dir, args.out)
+            volumes = find_volumes(runner.test_evaluator)
+            if volumes is not None:
+                _report_volumes(volumes, cfg.work_dir, args.out)
     del runner, model, _
     _leave_process_group()
     return 0
@@ -180,6 +193,15 @@ def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, ou
                 writer.writerow((prediction.path, *names, f"{prediction.confidence:.6f}", int(prediction.rank == 0)))
         console.print(f"One line per image: {out}", soft_wrap=True)
     console.print(f"per_class.csv, confusion_matrix.png and predictions.png: {work_dir}", soft_wrap=True)
+
+
+def _report_volumes(evaluation: VolumeEvaluation, work_dir: str, out: str | None) -> None:
+    console = wide_console()
+    console.print(evaluation.table("Test"))
+    if out is not None:
+        evaluation.write_csv(out)
+        console.print(f"One line per case and class: {out}", soft_wrap=True)
+    console.print(f"per_class.json, per_case.csv and predictions.png: {work_dir}", soft_wrap=True)
 
 
 def describe_scan(mixer: Any) -> str:

@@ -20,7 +20,9 @@ from .optim import PRECISIONS
 from .runner import Runner
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
-SELF_CHECKED = ("backbone", "loss", "mixup", "distillation", "transform", "paramwise_cfg")
+SELF_CHECKED = (
+    "backbone", "unet", "loss", "mixup", "distillation", "normalize", "inference", "transform", "paramwise_cfg",
+)  # fmt: skip
 """Parts of a config whose builders reject unknown keywords themselves."""
 FREE = ("model.train_cfg", "model.test_cfg")
 """Parts that models of mmseg and mmdet read as they like."""

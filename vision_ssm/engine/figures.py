@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageOps
 
@@ -269,8 +269,13 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
     _save(figure, path)
 
 
-def draw_pictures(pictures: Sequence[tuple[str, np.ndarray]], path: str | Path, title: str) -> None:
-    """Grid of finished pictures, each (H, W, 3) uint8, under their names."""
+def draw_pictures(
+    pictures: Sequence[tuple[str, np.ndarray]],
+    path: str | Path,
+    title: str,
+    legend: Sequence[tuple[str, Sequence[int]]] = (),
+) -> None:
+    """Grid of finished pictures, each (H, W, 3) uint8, under their names; `legend` says what 8-bit RGB colours mean."""
     aspect = float(np.mean([picture.shape[1] / picture.shape[0] for _, picture in pictures]))
     columns = max(1, min(len(pictures), round(math.sqrt(1.4 * len(pictures) / aspect))))
     rows = math.ceil(len(pictures) / columns)
@@ -283,6 +288,12 @@ def draw_pictures(pictures: Sequence[tuple[str, np.ndarray]], path: str | Path, 
     for axes, (name, picture) in zip(grid, pictures, strict=False):
         axes.imshow(picture)
         axes.set_title(_short(name, 28), fontsize=9, color=MUTED, loc="left")
+    if legend:
+        patches = [Patch(color=np.asarray(color) / 255, label=name) for name, color in legend]
+        figure.legend(
+            handles=patches, loc="outside lower left", ncols=min(len(patches), max(2, 3 * columns)), frameon=False,
+            fontsize=9, labelcolor=INK,
+        )  # fmt: skip
     _save(figure, path)
 
 

@@ -51,11 +51,11 @@ def batch_images(batch: Any) -> Sequence:
 
 
 def batch_files(batch: Any) -> list[str]:
-    """Files of the images of a batch, as far as the batch says."""
+    """Files or cases of the images of a batch, as far as the batch says."""
     if not isinstance(batch, dict):
         return []
     samples = batch.get("data_samples") or ()
-    return list(batch.get("path") or [getattr(sample, "img_path", "?") for sample in samples])
+    return list(batch.get("path") or batch.get("case") or [getattr(sample, "img_path", "?") for sample in samples])
 
 
 @HOOKS.register_module()

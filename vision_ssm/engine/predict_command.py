@@ -1,4 +1,4 @@
-"""The command predict: classes, semantic maps, boxes and masks, or poses of image files, as the config says."""
+"""The command predict: classes, semantic maps, boxes and masks, poses, or labels of volumes, as the config says."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from .config import UsageError, load_config
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense import DensePredictor, SampleDrawer, dense_task, picture_of, save_pictures, summarise
 from .logs import ignore_harmless_warnings
+from .medical_predict import add_medical_flags, check_medical_flags, predict_medical
 from .pose import PosePredictor
 from .predict import Predictor, image_files
 
@@ -28,7 +29,8 @@ def predict(argv: Sequence[str] | None = None) -> int:
         """  predict.py CONFIG CHECKPOINT image.png
   predict.py configs/classification/quickstart_digits.py work_dirs/quickstart_digits/best_top1.pth data/digits/val/3
   predict.py dog.jpg cat.jpg --model vmamba_tiny_s1l8 --weights vssm1_tiny_0230s_ckpt_epoch_264.pth
-  predict.py configs/detection/CONFIG.py epoch_12.pth photos/ --score 0.5 --out drawn/     one picture per photo""",
+  predict.py configs/detection/CONFIG.py epoch_12.pth photos/ --score 0.5 --out drawn/     one picture per photo
+  predict.py configs/medical/CONFIG.py best_dice.pth --volume scan.nii.gz --out masks/ --montage""",
     )
     parser.add_argument("inputs", nargs="+", metavar="[CONFIG CHECKPOINT] IMAGE_OR_FOLDER", help="what to look at")
     parser.add_argument("--model", metavar="NAME", help="name of the model, instead of a config (see list_models.py)")
@@ -43,13 +45,15 @@ def predict(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--out",
-        default="predictions.png",
         metavar="FILE.png",
-        help="picture to write (default %(default)s); any other name is a folder, for one picture per image (not for "
-        "classification)",
+        help="picture to write (default predictions.png); any other name is a folder, for one picture per image (not "
+        "for classification), and the folder of the masks of medical images (default predictions)",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add_medical_flags(parser)
     args = parser.parse_args(argv)
+    folder = args.out or "predictions"
+    args.out = args.out or "predictions.png"
     ignore_harmless_warnings()
     if (args.model is None) != (args.weights is None):
         parser.error("--model and --weights belong together")
@@ -57,13 +61,18 @@ def predict(argv: Sequence[str] | None = None) -> int:
         parser.error("--top must be at least 1")
     with clear_errors(BUILDING):
         if args.model is not None:
+            check_medical_flags(args, args.model)
             predictor = Predictor.from_weights(args.model, args.weights, args.device)
             inputs = args.inputs
         else:
-            if len(args.inputs) < 3:
+            if len(args.inputs) < (2 if args.volume else 3):
                 parser.error("expected CONFIG CHECKPOINT IMAGES, or --model NAME --weights FILE IMAGES")
             config, checkpoint, *inputs = args.inputs
             cfg = load_config(config)
+            if cfg.model.type == "vision_ssm.MedicalSegmentor":
+                pictures = image_files(inputs) if inputs else []
+                return predict_medical(cfg, checkpoint, pictures, args, folder)
+            check_medical_flags(args, cfg.model.type)
             if cfg.model.type == "vision_ssm.TopDownPose":
                 poses = PosePredictor.from_config(cfg, checkpoint, args.device)
                 return _predict_poses(poses, image_files(inputs), args)

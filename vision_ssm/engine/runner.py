@@ -373,7 +373,8 @@ class Runner(mmengine.runner.Runner):
     def train(self) -> nn.Module:
         """Train, and return the model."""
         self.build_training()
-        name = getattr(getattr(self.bare_model, "backbone", None), "variant", None) or self.model_name
+        net = getattr(self.bare_model, "backbone", None) or getattr(self.bare_model, "unet", None)
+        name = getattr(net, "variant", None) or self.model_name
         count = sum(parameter.numel() for parameter in self.bare_model.parameters())
         self.logger.info(f"Model {name} with {count:,} parameters; work dir {self.work_dir}")
         try:
@@ -414,6 +415,9 @@ class Runner(mmengine.runner.Runner):
     def _check_classes(self) -> None:
         """Training and validation labels must agree with each other and with the model before anything is trained."""
         training = self.train_dataloader.dataset
+        if hasattr(self.bare_model, "check_classes"):
+            for loader in [self.train_dataloader, *([] if self.val_loop is None else [self.val_dataloader])]:
+                self.bare_model.check_classes(loader.dataset.metainfo["classes"])
         if hasattr(training, "check_num_classes") and hasattr(self.bare_model, "num_classes"):
             training.check_num_classes(self.bare_model.num_classes)
             validation: Any = None if self.val_loop is None else self.val_dataloader.dataset
