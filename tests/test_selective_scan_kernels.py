@@ -12,8 +12,8 @@ from ops_support import (
     run,
     selective_scan_inputs,
 )
-
 from vision_ssm.kernels import selective_scan as kernels
+
 from vision_ssm.ops import select_backend, selective_scan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

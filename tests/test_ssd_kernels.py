@@ -3,8 +3,8 @@
 import pytest
 import torch
 from ops_support import OPERATORS, Poison, cast, compare_with_twin, fresh_seed, is_float, run, ssd_inputs
-
 from vision_ssm.kernels import ssd as kernels
+
 from vision_ssm.ops import select_backend, ssd
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

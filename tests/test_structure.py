@@ -5,9 +5,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import vision_ssm.kernels
 
 import vision_ssm
-import vision_ssm.kernels
 
 PACKAGE = Path(vision_ssm.__file__).parent
 # from the ground up; a room may import from its own floor's rooms named beside it and from everything below
