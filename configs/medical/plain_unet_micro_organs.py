@@ -1,5 +1,5 @@
 # The plain U-Net on drawn organs, with the recipe of vmunet_micro_organs.py: a baseline for it.
-#   python tools/prepare_data.py organs data/organs --layout nifti
+#   python tools/prepare_data.py organs data/organs --layout nifti --cases 40
 #   python tools/train.py configs/medical/plain_unet_micro_organs.py
 _base_ = [
     "../_base_/medical_runtime.py", "../_base_/models/unet_classes.py",

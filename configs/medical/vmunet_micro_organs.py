@@ -1,5 +1,5 @@
 # Drawn organs in minutes on two CPU cores, mean Dice of at least 0.85:
-#   python tools/prepare_data.py organs data/organs --layout nifti
+#   python tools/prepare_data.py organs data/organs --layout nifti --cases 40
 #   python tools/train.py configs/medical/vmunet_micro_organs.py
 _base_ = [
     "../_base_/medical_runtime.py", "../_base_/models/unet_classes.py",

@@ -14,7 +14,7 @@ train_dataloader = dict(
         split="train",
         window=window,
         transform=dict(
-            policy="msvmunet", size=96, most=2, noise=0.02, blur=0.5, contrast=(0.9, 1.1), scale=(0.9, 1.1),
+            policy="msvmunet", size=96, most=1, noise=0.02, blur=0.5, contrast=(0.9, 1.1), scale=(0.9, 1.1),
             degrees=8.0, shear=4.0, shift=0.05,
         ),  # fmt: skip
     ),
