@@ -30,7 +30,8 @@ def replacing(out: Path) -> Iterator[Path]:
             out.rename(temporary / "old")
         content.rename(out)
     except OSError as error:
-        raise PrepareError(f"cannot write {str(out)!r}: {error.strerror}. It is as it was before.{_hint(error)}") from error
+        message = f"cannot write {str(out)!r}: {error.strerror}. It is as it was before.{_hint(error)}"
+        raise PrepareError(message) from error
     finally:
         if not out.exists() and (temporary / "old").exists():
             (temporary / "old").rename(out)

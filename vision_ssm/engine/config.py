@@ -52,7 +52,7 @@ def _resolve(type_name: Any) -> Any:
     if not isinstance(type_name, str):
         return type_name
     for name in ("MODELS", "DATASETS", "HOOKS", "METRICS", "OPTIM_WRAPPERS", "OPTIMIZERS", "PARAM_SCHEDULERS",
-                 "DATA_SAMPLERS", "VISUALIZERS", "VISBACKENDS", "LOG_PROCESSORS", "FUNCTIONS"):  # fmt: skip
+                 "DATA_SAMPLERS", "LOOPS", "VISUALIZERS", "VISBACKENDS", "LOG_PROCESSORS", "FUNCTIONS"):  # fmt: skip
         try:
             found = getattr(root, name).get(type_name)
         except RuntimeError:  # mmengine's answer to an unknown name
