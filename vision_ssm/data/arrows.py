@@ -246,10 +246,7 @@ class ArrowPointing(Dataset):
     def _picture(self, position: int, scene: ArrowScene) -> Image.Image:
         if self.root is None:
             return draw_arrow(scene, self.size).convert("RGB")
-        path = Path(self._path(position, scene))
-        if not path.is_file():
-            with replacing_file(path) as temporary:
-                draw_arrow(scene, self.size).save(temporary)
+        path = self._kept(position, scene)
         picture = load_image(path)
         if picture.size != (self.size, self.size):
             raise ValueError(
@@ -257,6 +254,23 @@ class ArrowPointing(Dataset):
                 " it was not drawn for this task; remove it or choose another root"
             )
         return picture
+
+    def _kept(self, position: int, scene: ArrowScene) -> Path:
+        path = Path(self._path(position, scene))
+        if not path.is_file():
+            with replacing_file(path) as temporary:
+                draw_arrow(scene, self.size).save(temporary)
+        return path
+
+    def keep(self, index: int) -> Path:
+        """The file of picture `index` in `root`, drawn if it is not there.
+
+        Raises:
+            ValueError: There is no `root`. PrepareError: It cannot be written.
+        """
+        if self.root is None:
+            raise ValueError("without a root no picture is kept: ArrowPointing(..., root=FOLDER)")
+        return self._kept(self._position(index), self.scene(index))
 
     def picture_of(self, path: str | os.PathLike) -> Image.Image:
         """The picture whose sample has this `path`."""

@@ -30,7 +30,7 @@ val_dataloader = dict(
         transform=dict(train=False, input_size=192, crop_pct=1.0),
     ),
 )
-val_evaluator = dict(type="vision_ssm.ClassificationMetric", topk=(1,))
+val_evaluator = dict(type="vision_ssm.ClassificationMetric")
 val_cfg = dict(
     type="vision_ssm.SeveralValLoop",
     also={"384": dict(batch_size=32, dataset=dict(split="val_384", transform=dict(input_size=384)))},

@@ -1,5 +1,5 @@
-# 50 epochs of AdamW for a batch of 128, clipped at norm 1: one epoch of warm-up, then a cosine to a thousandth, both per
-# iteration. No average of the weights.
+# 50 epochs of AdamW for a batch of 128, clipped at norm 1: one epoch of warm-up, then a cosine to a thousandth, both
+# per iteration. No average of the weights.
 optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     constructor="vision_ssm.ParameterGroups",
