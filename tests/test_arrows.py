@@ -92,7 +92,7 @@ def test_the_picture_shows_the_scene():
     for index in range(40):
         scene, black = dataset.scene(index), np.asarray(dataset.picture(index))[..., 0] == 0
         y, x = np.nonzero(black)
-        inside = np.hypot(x - scene.disc[0], y - scene.disc[1]) <= scene.radius + 1
+        inside = np.hypot(x - scene.disc[0], y - scene.disc[1]) <= scene.radius + 2
         assert inside.sum() == pytest.approx(math.pi * scene.radius**2, rel=0.1)
         # what is not disc is arrow, and of it more lies near the tip than near the tail
         x, y = x[~inside] - scene.arrow[0], y[~inside] - scene.arrow[1]
@@ -139,7 +139,7 @@ def test_samples_depend_on_seed_and_index_alone(workers):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(split="val_256"), ValueError, "unknown split 'val_256'.* Did you mean 'val_384'"),
+        (dict(split="val_256"), ValueError, "unknown split 'val_256'.* Did you mean 'val' or 'val_384'"),
         (dict(size=160), ValueError, "size must be at least 180, got 160"),
         (dict(size=192.0), ValueError, "size must be a whole number, got 192.0"),
         (dict(count=0), ValueError, "count must be at least 1, got 0"),
@@ -275,9 +275,6 @@ def test_config_builds(path):
     assert sum(len(group["params"]) for group in wrapper.optimizer.param_groups) == len(list(model.parameters()))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert 5e6 < count < 35e6
-    for size in (192, 384):
-        with torch.device("meta"):
-            assert model.eval()(torch.empty(2, 3, size, size), mode="tensor").shape == (2, 2)
     found = {}
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         found[loader] = DATASETS.build(cfg[loader].dataset)
@@ -313,7 +310,7 @@ def test_recipe_is_that_of_the_paper(path):
     assert rates[0] < 2e-5 and rates[length] == pytest.approx(1e-3) == max(rates)
     middle = (length + 50 * length) // 2
     assert rates[middle] == pytest.approx((1e-3 + 1e-6) / 2, rel=1e-2)
-    assert wrapper.get_lr()["lr"][0] == pytest.approx(1e-6, rel=1e-2)
+    assert wrapper.get_lr()["lr"][0] == pytest.approx(1e-6, rel=2e-2)
 
 
 def micro_backbone(cfg: Config) -> dict:
@@ -336,6 +333,10 @@ def test_one_training_step_of_a_micro_model(path):
     assert loss.isfinite()
     moved = [not torch.equal(value, before[name]) for name, value in model.backbone.named_parameters()]
     assert sum(moved) > 0.9 * len(moved)
+    for size in (192, 384):
+        with torch.no_grad():
+            logits = model.eval()(torch.randn(1, 3, size, size), mode="tensor")
+        assert logits.shape == (1, 2) and logits.isfinite().all()
 
 
 # A run
