@@ -418,7 +418,7 @@ def test_test_command_evaluates_both_sizes(run, capsys):
 
 
 def test_run_that_is_resumed_equals_an_unbroken_one(run, tmp_path):
-    """In the middle of an epoch, with its validation on both sizes in between."""
+    """The validations on both sizes leave the random numbers of the training alone."""
     folder, runner = run
     cfg = Config.fromfile(str(folder / "config.py"))
     cfg.work_dir = str(tmp_path)
@@ -434,4 +434,4 @@ def test_several_sets_need_the_config_of_a_loader(run):
     _, runner = run
     loop = type(runner.val_loop)
     with pytest.raises(TypeError, match="needs the config of a loader, got DataLoader"):
-        loop(runner, runner.val_dataloader, runner.val_evaluator, also={})
+        loop(runner, runner.val_dataloader, evaluator=runner.val_evaluator, also={})

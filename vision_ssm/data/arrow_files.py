@@ -76,8 +76,8 @@ def write_arrows(
     for name in images:
         if name not in SPLITS:
             raise PrepareError(f"unknown split {name!r} of the arrow-pointing task.{suggest(name, SPLITS)}")
-        if count is not None and not 1 <= count <= SPLITS[name].count:
-            raise PrepareError(f"split {name!r} has 1 to {SPLITS[name].count} pictures, got a count of {count}")
+        if count is not None and not 1 <= count <= SPLITS[name].pictures:
+            raise PrepareError(f"split {name!r} has 1 to {SPLITS[name].pictures} pictures, got a count of {count}")
     if count is not None and not images:
         raise PrepareError("a count is that of the pictures: say which splits are to be written")
     datasets = [ArrowPointing(name, root=None, count=count) for name in dict.fromkeys(images)]
@@ -100,7 +100,7 @@ def _sheet_name(split: str) -> str:
 
 
 def _readme(datasets: Sequence[ArrowPointing], count: int | None) -> str:
-    splits = [f"{name}: {own.count:,} of {own.size} x {own.size}, seed {own.seed}" for name, own in SPLITS.items()]
+    splits = [f"{name}: {own.pictures:,} of {own.size} x {own.size}, seed {own.seed}" for name, own in SPLITS.items()]
     written = ", ".join(f"{dataset.split} ({len(dataset):,})" for dataset in datasets)
     names = " ".join(dataset.split for dataset in datasets)
     flags = (f" --images {names}" if names else "") + (f" --count {count}" if count is not None else "")

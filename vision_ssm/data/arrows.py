@@ -39,7 +39,7 @@ SMALLEST_SIZE = 2 * BORDER + 4 * int(RADII[1])
 class Split(NamedTuple):
     """Number of pictures, their side in pixels, and the seed they are drawn from."""
 
-    count: int
+    pictures: int
     size: int
     seed: int
 
@@ -160,19 +160,19 @@ class ArrowPointing(Dataset):
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r} of the arrow-pointing task.{suggest(str(split), SPLITS)}")
-        given = dict(count=count, size=size, seed=seed)
-        for name, value in given.items():
+        given = dict(pictures=count, size=size, seed=seed)
+        for name, value in (("count", count), ("size", size), ("seed", seed)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name} must be a whole number, got {value!r}")
         own = SPLITS[split]._replace(**{name: value for name, value in given.items() if value is not None})
-        limits = ("count", own.count, 1), ("size", own.size, SMALLEST_SIZE), ("seed", own.seed, 0)
+        limits = ("count", own.pictures, 1), ("size", own.size, SMALLEST_SIZE), ("seed", own.seed, 0)
         for name, number, least in limits:
             if number < least:
                 raise ValueError(f"{name} must be at least {least}, got {number}")
         self.split, self.size, self.seed = split, own.size, own.seed
-        self._count = own.count
+        self._count = own.pictures
         self.transform = self._built(transform)
-        published = own._replace(count=SPLITS[split].count) == SPLITS[split]
+        published = own[1:] == SPLITS[split][1:]
         self.name = split if published else f"{split}_size{own.size}_seed{own.seed}"
         self.root = None if root is None else Path(root).expanduser()
         if self.root is not None and self.root.exists() and not self.root.is_dir():

@@ -90,7 +90,7 @@ def _add_arrows(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     arrows.add_argument("out", metavar="OUT", help="folder to create; one that holds something else is never touched")
-    sizes = ", ".join(f"{name} {own.count:,}" for name, own in SPLITS.items())
+    sizes = ", ".join(f"{name} {own.pictures:,}" for name, own in SPLITS.items())
     arrows.add_argument(
         "--images", nargs="+", choices=SPLITS, default=(), metavar="SPLIT", help=f"pictures to write ({sizes})"
     )

@@ -10,7 +10,7 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vision_ssm.backbones.family import ModelFamily
+from vision_ssm.backbones.base import Backbone
 from vision_ssm.registry import MODELS, check_keywords, suggest
 
 from .distillation import Distillation, check_distillation
@@ -136,10 +136,10 @@ class ImageClassifier(BaseModel):
         keywords = check_distillation(distillation)
         self.distillation = None
         if keywords is not None:
-            if not isinstance(self.backbone, ModelFamily):
+            if not isinstance(self.backbone, Backbone):
                 raise ValueError(f"distillation teaches models of this library; {backbone['name']} is one of timm's")
             self.distillation = Distillation(num_classes, self.backbone.in_chans, **keywords)
-        elif isinstance(self.backbone, ModelFamily) and (untaught := self.backbone.taught_parameters()):
+        elif isinstance(self.backbone, Backbone) and (untaught := self.backbone.taught_parameters()):
             for parameter in untaught:
                 parameter.requires_grad_(False)
             print_log(

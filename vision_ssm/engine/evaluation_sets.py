@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 from mmengine.config import ConfigDict
 from mmengine.evaluator import Evaluator
 from mmengine.runner import TestLoop, ValLoop
-from torch.utils.data import DataLoader
 
 from vision_ssm.registry import LOOPS
 
@@ -15,10 +14,11 @@ class _SeveralSets:
     """A loop over the loader of the config, and then over others.
 
     Args:
-        runner, dataloader, evaluator, fp16: as in mmengine's loop; the loader must be given as a config.
+        runner, dataloader: as in mmengine's loop; the loader must be given as a config.
         also: by name, what another loader has different from `dataloader`, for example
             ``{"384": dict(batch_size=64, dataset=dict(split="val_384"))}``. Its metrics have the name before them
             (``384/top1``); those of `dataloader` keep theirs.
+        **options: evaluator and fp16, as in mmengine's loop.
 
     Attributes:
         others: by name, the loader and the evaluator of each further set.
@@ -29,17 +29,16 @@ class _SeveralSets:
 
     mode: ClassVar[str]
     runner: Any
-    dataloader: DataLoader
+    dataloader: Any
     evaluator: Evaluator
+    run_iter: Any
 
-    def __init__(
-        self, runner: Any, dataloader: dict, evaluator: Any, also: dict[str, dict], fp16: bool = False
-    ) -> None:
+    def __init__(self, runner: Any, dataloader: dict, *, also: dict[str, dict], **options: Any) -> None:
         if not isinstance(dataloader, dict):
             raise TypeError(f"evaluation on several sets needs the config of a loader, got {type(dataloader).__name__}")
         plain = copy.deepcopy(dataloader)  # building a loader takes its config apart
-        super().__init__(runner, dataloader, evaluator, fp16)
-        self.others: dict[str, tuple[DataLoader, Evaluator]] = {}
+        super().__init__(runner, dataloader, **options)
+        self.others: dict[str, tuple[Any, Evaluator]] = {}
         for name, changes in also.items():
             config = ConfigDict(copy.deepcopy(plain))
             config.merge(ConfigDict(changes))

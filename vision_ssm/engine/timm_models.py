@@ -75,7 +75,8 @@ def load_classifier(
 
 def _other_classifier(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the classifiers' tensors in a state dict whose shapes are not those of `model`."""
-    names: Any = model.pretrained_cfg["classifier"]
+    settings: Any = model.pretrained_cfg
+    names = settings["classifier"]
     heads = (names,) if isinstance(names, str) else tuple(names)
     own = model.state_dict()
     found = [key for key in tensors if key.startswith(tuple(f"{head}." for head in heads))]
