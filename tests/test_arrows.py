@@ -393,20 +393,25 @@ def test_test_command_evaluates_both_sizes(run, capsys):
     folder, runner = run
     checkpoint, out = folder / "run" / "best_top1.pth", folder / "all.csv"
     arguments = [str(folder / "config.py"), str(checkpoint), "--work-dir", str(folder / "test"), "--out", str(out)]
+    more = "batch_size=2", "dataset.size=224", "dataset.count=3", "dataset.transform.input_size=224"
+    arguments += ["--cfg-options", *(f"test_cfg.also.224.{option}" for option in more)]
     assert commands.test(arguments) == 0
     printed = capsys.readouterr().out
-    shown = {key: float(value) for key, value in re.findall(r"((?:384/)?top1)\W+([\d.]+)", printed)}
+    shown = {key: float(value) for key, value in re.findall(r"((?:\d+/)?top1)\W+([\d.]+)", printed)}
     rows = list(csv.DictReader(out.open()))
     parts = {"top1": [r for r in rows if r["path"].startswith("test/")],
-             "384/top1": [r for r in rows if r["path"].startswith("test_384/")]}  # fmt: skip
-    assert {name: len(part) for name, part in parts.items()} == {"top1": 10, "384/top1": 5}
+             "384/top1": [r for r in rows if r["path"].startswith("test_384/")],
+             "224/top1": [r for r in rows if r["path"].startswith("test_size224_seed200042/")]}  # fmt: skip
+    assert {name: len(part) for name, part in parts.items()} == {"top1": 10, "384/top1": 5, "224/top1": 3}
+    assert len(rows) == 18
     model = runner.bare_model.eval()
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     for name, part in parts.items():
         share = 100 * sum(int(row["correct"]) for row in part) / len(part)
         assert shown[name] == pytest.approx(share, abs=0.01) or shown[name] == pytest.approx(share / 100, abs=0.01)
-        size = 384 if name.startswith("384") else 192
-        task = ArrowPointing(part[0]["path"].split("/")[0], transform=dict(train=False, crop_pct=1.0))
+        size = 192 if name == "top1" else int(name.removesuffix("/top1"))
+        split = "test_384" if size == 384 else "test"
+        task = ArrowPointing(split, size=size, transform=dict(train=False, crop_pct=1.0))
         for index, row in enumerate(part):
             sample = task[index]
             with torch.no_grad():

@@ -37,7 +37,7 @@ class _SeveralSets:
         if not isinstance(dataloader, dict):
             raise TypeError(f"evaluation on several sets needs the config of a loader, got {type(dataloader).__name__}")
         plain = copy.deepcopy(dataloader)  # building a loader takes its config apart
-        super().__init__(runner, dataloader, **options)
+        super().__init__(**dict(options, runner=runner, dataloader=dataloader))
         self.others: dict[str, tuple[Any, Evaluator]] = {}
         for name, changes in also.items():
             config = ConfigDict(copy.deepcopy(plain))

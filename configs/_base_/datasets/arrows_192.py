@@ -1,6 +1,8 @@
 # The arrow-pointing task of arXiv 2506.11997, drawn while it is read: trained on 100,000 pictures of 192 x 192, and
 # evaluated on others of that size and, under the name 384, on pictures of 384 x 384 with arrows and discs of the same
-# size in pixels. --data-root DIR keeps the pictures in DIR.
+# size in pixels. --data-root DIR keeps the pictures in DIR. A test at one more size:
+#   tools/test.py CONFIG CHECKPOINT --cfg-options test_cfg.also.512.batch_size=16 test_cfg.also.512.dataset.size=512 \
+#       test_cfg.also.512.dataset.transform.input_size=512
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,
