@@ -26,6 +26,7 @@ def _child(parent: Registry, *locations: str) -> Registry:
 
 MODELS = _child(root.MODELS, "vision_ssm.engine")
 HOOKS = _child(root.HOOKS, "vision_ssm.engine")
+LOOPS = _child(root.LOOPS, "vision_ssm.engine")
 METRICS = _child(root.METRICS, "vision_ssm.engine")
 OPTIM_WRAPPERS = _child(root.OPTIM_WRAPPERS, "vision_ssm.engine")
 OPTIM_WRAPPER_CONSTRUCTORS = _child(root.OPTIM_WRAPPER_CONSTRUCTORS, "vision_ssm.engine")

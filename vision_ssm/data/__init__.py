@@ -1,5 +1,6 @@
 """Data sets, transforms, samplers and collation for classification, pose estimation and medical segmentation."""
 
+from vision_ssm.data.arrows import ArrowPointing
 from vision_ssm.data.check_medical import check_dataset
 from vision_ssm.data.coco_keypoints import CocoKeypoints, collate_poses
 from vision_ssm.data.collate import collate
@@ -31,6 +32,7 @@ __all__ = [
     "EXTENSIONS",
     "AcdcSlices",
     "AcdcVolumes",
+    "ArrowPointing",
     "CocoKeypoints",
     "Draw",
     "EpochSampler",

@@ -19,9 +19,10 @@ from vision_ssm.data.check_medical import MEDICAL_LAYOUTS, check_medical
 from vision_ssm.data.decode import UnreadableImageError, load_image, read_header
 from vision_ssm.data.digits import DIGITS_SIZE, write_digits
 from vision_ssm.data.image_folder import SPLIT_NAMES, ImageFolder, check_same_classes
+from vision_ssm.data.prepare_drawn import add_drawn_commands, positive
 from vision_ssm.data.prepare_medical import add_medical_commands
 from vision_ssm.data.progress import tracked_map
-from vision_ssm.data.shapes import LAYOUTS, SHAPES_SIZE, SHAPES_TRAIN, SHAPES_VAL, write_shapes
+from vision_ssm.data.shapes import LAYOUTS
 from vision_ssm.data.writing import PrepareError
 
 _CLASSES_SHOWN = 20
@@ -151,17 +152,6 @@ def _digits_command(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _shapes_command(options: argparse.Namespace, console: Console) -> int:
-    written = write_shapes(
-        options.out, options.layout, train=options.train, val=options.val, size=options.size, seed=options.seed,
-        coco_names=options.coco_names,
-    )  # fmt: skip
-    state = "written to" if written else "already complete in"
-    counts = f"{options.train} train, {options.val} val images"
-    console.print(f"shapes {state} {options.out} ({options.layout}): {counts}", soft_wrap=True, highlight=False)
-    return 0
-
-
 def _check_command(options: argparse.Namespace, console: Console) -> int:
     if options.layout is None:
         if options.num_classes is not None:
@@ -224,13 +214,6 @@ def _show_problems(options: argparse.Namespace, console: Console, problems: Sequ
         console.print(f"no problem found in {images} images")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -241,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples:\n"
         "  python tools/prepare_data.py digits data/digits\n"
         "  python tools/prepare_data.py shapes data/shapes_ade20k --layout ade20k\n"
+        "  python tools/prepare_data.py arrows data/arrows\n"
         "  python tools/prepare_data.py check data/imagenet --workers 16 --min-size 32\n"
         "  python tools/prepare_data.py check data/coco --layout coco",
         formatter_class=raw,
@@ -260,46 +244,16 @@ def _parser() -> argparse.ArgumentParser:
     digits.add_argument("out", metavar="OUT", help="folder to create")
     digits.add_argument(
         "--size",
-        type=_positive,
+        type=positive,
         default=DIGITS_SIZE,
         help=f"side in pixels; the 8 x 8 scans are enlarged bicubically (default {DIGITS_SIZE})",
     )
     digits.add_argument("--overwrite", action="store_true", help="replace digits of another size or an incomplete set")
     digits.set_defaults(run=_digits_command)
-    _add_shapes(commands)
+    add_drawn_commands(commands)
     add_medical_commands(commands)
     _add_check(commands)
     return parser
-
-
-def _add_shapes(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    shapes = commands.add_parser(
-        "shapes",
-        help="draw a small data set for segmentation, detection or pose estimation",
-        description="Draw textured shapes (or jointed figures) on textured ground, with exact masks, and write them\n"
-        "in the layout on disk of a real data set. OUT/README.txt says what the classes are.\n"
-        "Equal seeds give equal bytes.",
-        epilog="examples:\n"
-        "  python tools/prepare_data.py shapes data/shapes_ade20k --layout ade20k\n"
-        "  python tools/prepare_data.py shapes data/shapes_coco --layout coco --train 1000 --size 256\n"
-        "  python tools/prepare_data.py shapes data/coco_like --layout coco --coco-names   # for COCO's configs",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    shapes.add_argument("out", metavar="OUT", help="folder to create; one that holds something else is never touched")
-    shapes.add_argument("--layout", required=True, choices=LAYOUTS, help="what the data is to look like on disk")
-    shapes.add_argument(
-        "--train", type=_positive, default=SHAPES_TRAIN, help="training pictures (default %(default)s)"
-    )
-    shapes.add_argument("--val", type=_positive, default=SHAPES_VAL, help="validation pictures (default %(default)s)")
-    sizes = ", ".join(f"{size} for {layout}" for layout, size in SHAPES_SIZE.items())
-    shapes.add_argument(
-        "--size", type=_positive, help=f"long side in pixels (cityscapes: short side); default: {sizes}"
-    )
-    shapes.add_argument("--seed", type=int, default=0, help="of everything random (default %(default)s)")
-    shapes.add_argument(
-        "--coco-names", action="store_true", help="layout coco: COCO's names of the categories, all 80 listed"
-    )
-    shapes.set_defaults(run=_shapes_command)
 
 
 def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -324,12 +278,12 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="parts to check (default: all of the layout; of a folder of classes train, val, test, whichever exist)",
     )  # fmt: skip
     check.add_argument(
-        "--num-classes", type=_positive,
+        "--num-classes", type=positive,
         help="of label maps (default: 150 for ade20k, 19 for cityscapes, those of the set for medical layouts)",
     )
-    check.add_argument("--min-size", type=_positive, default=1, help="report images with a side below this many pixels")
+    check.add_argument("--min-size", type=positive, default=1, help="report images with a side below this many pixels")
     check.add_argument(
-        "--workers", type=_positive, default=min(8, os.cpu_count() or 1), help="threads (default %(default)s)"
+        "--workers", type=positive, default=min(8, os.cpu_count() or 1), help="threads (default %(default)s)"
     )
     check.add_argument("--show", type=int, default=20, help="problems to print (default %(default)s)")
     check.add_argument("--list", metavar="FILE", help="write all problems to this file, one a line")

@@ -1,9 +1,11 @@
-"""Writing a data folder as a whole or not at all."""
+"""Writing a data folder, or a file, as a whole or not at all."""
 
 import contextlib
 import errno
+import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,9 +30,29 @@ def replacing(out: Path) -> Iterator[Path]:
             out.rename(temporary / "old")
         content.rename(out)
     except OSError as error:
-        hint = " Free some space or choose another disk." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise PrepareError(f"cannot write {str(out)!r}: {error.strerror}. It is as it was before.{hint}") from error
+        message = f"cannot write {str(out)!r}: {error.strerror}. It is as it was before.{_hint(error)}"
+        raise PrepareError(message) from error
     finally:
         if not out.exists() and (temporary / "old").exists():
             (temporary / "old").rename(out)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, with its ending; what is there takes the place of `path` when the block has
+    succeeded. Threads and processes may write the same file at the same time."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise PrepareError(f"cannot write {str(path)!r}: {error.strerror or error}.{_hint(error)}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _hint(error: OSError) -> str:
+    return " Free some space or choose another disk." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""

@@ -4,6 +4,7 @@ from .checkpoint import read_training, write_checkpoint
 from .classifier import ImageBatch, ImageClassifier, build_loss
 from .dense import DensePicturesHook, DensePredictor, SampleDrawer
 from .distillation import Distillation, distillation_loss
+from .evaluation_sets import SeveralTestLoop, SeveralValLoop
 from .graphs import GraphedCall
 from .hooks import (
     CheckpointHook,
@@ -65,6 +66,8 @@ __all__ = [
     "SampleDrawer",
     "StopOnPlateauHook",
     "SegmentationLoss",
+    "SeveralTestLoop",
+    "SeveralValLoop",
     "TopDownPose",
     "VolumeEvaluation",
     "VolumeMetric",

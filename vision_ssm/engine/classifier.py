@@ -10,12 +10,12 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from vision_ssm.factory import create_model
+from vision_ssm.backbones.base import Backbone
 from vision_ssm.registry import MODELS, check_keywords, suggest
-from vision_ssm.weights import load_weights
 
 from .distillation import Distillation, check_distillation
 from .graphs import GraphedCall
+from .timm_models import create_classifier, load_classifier
 
 LOSSES = {
     "CrossEntropyLoss": nn.CrossEntropyLoss,
@@ -86,7 +86,8 @@ class ImageClassifier(BaseModel):
     """Backbone, head and loss as one model of the Runner.
 
     Args:
-        backbone: ``dict(name="vmamba_tiny_s1l8", **overrides)``, the arguments of `vision_ssm.create_model`.
+        backbone: ``dict(name="vmamba_tiny_s1l8", **overrides)``, the arguments of `vision_ssm.create_model`. A
+            model of timm serves as a baseline: ``dict(name="timm:deit_tiny_patch16_224", **keywords)``.
         num_classes: number of classes.
         loss: ``dict(type=...)``: CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy or
             BinaryCrossEntropy with their keywords. Mixed batches have soft targets and need one that takes them.
@@ -126,17 +127,19 @@ class ImageClassifier(BaseModel):
         if "name" not in arguments:
             raise ValueError("backbone needs the name of a model: backbone=dict(name=...)")
         self.num_classes = num_classes
-        self.backbone = create_model(arguments.pop("name"), num_classes=num_classes, **arguments)
+        self.backbone: Any = create_classifier(arguments.pop("name"), num_classes, **arguments)
         if pretrained is not None:
-            report = load_weights(self.backbone, pretrained, reset_head=reset_head, verbose=False)
+            report = load_classifier(self.backbone, pretrained, reset_head)
             print_log(f"Pretrained weights: {report}", logger="current")
         self.loss = build_loss(loss)
         self.graphed = GraphedCall(self.backbone) if cuda_graphs else None
         keywords = check_distillation(distillation)
         self.distillation = None
         if keywords is not None:
+            if not isinstance(self.backbone, Backbone):
+                raise ValueError(f"distillation teaches models of this library; {backbone['name']} is one of timm's")
             self.distillation = Distillation(num_classes, self.backbone.in_chans, **keywords)
-        elif untaught := self.backbone.taught_parameters():
+        elif isinstance(self.backbone, Backbone) and (untaught := self.backbone.taught_parameters()):
             for parameter in untaught:
                 parameter.requires_grad_(False)
             print_log(
@@ -147,7 +150,7 @@ class ImageClassifier(BaseModel):
             )
 
     def init_weights(self) -> None:
-        """Nothing to do: `create_model` has initialised or loaded every weight."""
+        """Nothing to do: `create_classifier` has initialised or loaded every weight."""
 
     def forward(
         self, image: Tensor, label: Tensor | None = None, path: list[str] | None = None, mode: str = "tensor"

@@ -32,6 +32,7 @@ from .medical_metrics import VolumeEvaluation
 from .metrics import Evaluation, find_evaluation, format_metric
 from .pose import TopDownPose, load_pose_weights
 from .runner import Runner
+from .timm_models import load_classifier
 
 
 def _leave_process_group() -> None:
@@ -149,7 +150,7 @@ def test(argv: Sequence[str] | None = None) -> int:
         runner = Runner.from_cfg(cfg)
         model = runner.bare_model
         if isinstance(model, ImageClassifier):
-            load_weights(model.backbone, args.checkpoint, verbose=False)
+            load_classifier(model.backbone, args.checkpoint)
         elif isinstance(model, TopDownPose):
             load_pose_weights(model, args.checkpoint)
         elif isinstance(model, MedicalSegmentor):
@@ -161,7 +162,9 @@ def test(argv: Sequence[str] | None = None) -> int:
     with clear_errors():
         metrics = runner.test()
         if runner.rank == 0:
-            _report_test(metrics, find_evaluation(runner.test_evaluator), cfg.work_dir, args.out)
+            further = getattr(runner.test_loop, "others", {}).values()
+            evaluators = (runner.test_evaluator, *(evaluator for _, evaluator in further))
+            _report_test(metrics, [find_evaluation(evaluator) for evaluator in evaluators], cfg.work_dir, args.out)
             volumes = find_volumes(runner.test_evaluator)
             if volumes is not None:
                 _report_volumes(volumes, cfg.work_dir, args.out)
@@ -170,15 +173,18 @@ def test(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, out: str | None) -> None:
+def _report_test(metrics: dict, evaluations: list[Evaluation | None], work_dir: str, out: str | None) -> None:
+    """Print the metrics of all sets and the classes of the first; the file `out` gets the images of all."""
     console = wide_console()
     table = Table("metric", "value", title="Test")
     for name, value in metrics.items():
         if name not in ("data_time", "time"):
             table.add_row(name, f"{value:.4f}" if name.endswith("entropy") else format_metric(value))
     console.print(table)
-    if evaluation is None:
+    found = [evaluation for evaluation in evaluations if evaluation is not None]
+    if not found:
         return
+    evaluation = found[0]
     rows = sorted(evaluation.per_class(), key=lambda row: (row["images"] == 0, row["accuracy"]))
     table = Table("class", "images", "accuracy, %", "most taken for", title="Classes, the worst first")
     for row in rows[:10]:
@@ -188,7 +194,7 @@ def _report_test(metrics: dict, evaluation: Evaluation | None, work_dir: str, ou
         with open(out, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("path", "label", "predicted", "confidence", "correct"))
-            for prediction in evaluation.predictions:
+            for prediction in (prediction for each in found for prediction in each.predictions):
                 names = (evaluation.classes[prediction.label], evaluation.classes[prediction.predicted])
                 writer.writerow((prediction.path, *names, f"{prediction.confidence:.6f}", int(prediction.rank == 0)))
         console.print(f"One line per image: {out}", soft_wrap=True)

@@ -26,6 +26,8 @@ SELF_CHECKED = (
 """Parts of a config whose builders reject unknown keywords themselves."""
 FREE = ("model.train_cfg", "model.test_cfg")
 """Parts that models of mmseg and mmdet read as they like."""
+MERGED = ("val_cfg.also", "test_cfg.also")
+"""Parts that are changed copies of another part, so that any key of it may stand there."""
 TOP_LEVEL = ("resume_anyway", "compile", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
 """Keys of a config that the Runner reads besides its constructor's keywords."""
 OWNERS = {"train_cfg": EpochBasedTrainLoop.__init__, "randomness": Runner.set_randomness}
@@ -54,7 +56,7 @@ def _resolve(type_name: Any) -> Any:
     if not isinstance(type_name, str):
         return type_name
     for name in ("MODELS", "DATASETS", "HOOKS", "METRICS", "OPTIM_WRAPPERS", "OPTIMIZERS", "PARAM_SCHEDULERS",
-                 "DATA_SAMPLERS", "VISUALIZERS", "VISBACKENDS", "LOG_PROCESSORS", "FUNCTIONS"):  # fmt: skip
+                 "DATA_SAMPLERS", "LOOPS", "VISUALIZERS", "VISBACKENDS", "LOG_PROCESSORS", "FUNCTIONS"):  # fmt: skip
         try:
             found = getattr(root, name).get(type_name)
         except RuntimeError:  # mmengine's answer to an unknown name
@@ -97,7 +99,7 @@ def check_option(cfg: Config, key: str) -> None:
         if part in node:
             node = node[part]
             continue
-        if depth and (parts[depth - 1] in SELF_CHECKED or where in FREE):
+        if depth and (parts[depth - 1] in SELF_CHECKED or where in FREE or where.startswith(MERGED)):
             return
         if depth == 0:
             allowed: set[str] | None = {*inspect.signature(Runner).parameters, *TOP_LEVEL} - {"cfg"}

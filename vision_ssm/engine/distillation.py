@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from vision_ssm.factory import create_model, find_family, list_models
 from vision_ssm.registry import check_keywords, suggest
-from vision_ssm.weights import CheckpointError, load_weights, read_checkpoint, unwrap
+from vision_ssm.weights import load_weights
 
 from .checkpoint import preserved_rng
+from .timm_models import load_classifier
 
 KINDS = ("hard", "soft", "none")
 
@@ -133,14 +134,8 @@ class Distillation:
             load_weights(model, self.checkpoint, verbose=False)
             return model
         model = timm.create_model(self.teacher, num_classes=self.num_classes, in_chans=self.in_chans)
-        try:
-            model.load_state_dict(unwrap(read_checkpoint(self.checkpoint), str(self.checkpoint)))
-        except RuntimeError as error:
-            problems = "\n".join(str(error).splitlines()[1:6])
-            raise CheckpointError(
-                f"{self.checkpoint} does not fit the teacher {self.teacher} with {self.num_classes} classes and "
-                f"{self.in_chans} channels:\n{problems or error}"
-            ) from None
+        called = f"the teacher {self.teacher} with {self.num_classes} classes and {self.in_chans} channels"
+        load_classifier(model, self.checkpoint, called=called)
         return model
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Pictures of a run: curves, confusion matrix, predictions. Drawn on matplotlib's Agg canvas, without a display."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,13 +197,27 @@ def open_picture(path: str | Path, size: int = 160) -> Image.Image:
             span = max(array.max() - array.min(), 1e-12)
             image = Image.fromarray(np.uint8(255 * (array - array.min()) / span))
         image = image.convert("RGB")
+    return fitted(image, size)
+
+
+def fitted(image: Image.Image, size: int) -> Image.Image:
+    """`image` with a longer side of `size`."""
     scale = size / max(image.size)
     shape = [max(1, round(side * scale)) for side in image.size]
     return image.resize(shape, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
 
 
-def draw_predictions(evaluation: Evaluation, path: str | Path, count: int = 40, title: str = "Predictions") -> None:
-    """Grid of validation images with predicted class and confidence; wrong ones first, framed in red with the truth."""
+def draw_predictions(
+    evaluation: Evaluation,
+    path: str | Path,
+    count: int = 40,
+    title: str = "Predictions",
+    picture_of: Callable[[str], Image.Image] | None = None,
+) -> None:
+    """Grid of validation images with predicted class and confidence; wrong ones first, framed in red with the truth.
+
+    `picture_of` gives the picture of a prediction's path where that is not a file.
+    """
     chosen = picked_predictions(evaluation.predictions, count)
     columns = min(8, len(chosen))
     rows = math.ceil(len(chosen) / columns)
@@ -216,7 +230,8 @@ def draw_predictions(evaluation: Evaluation, path: str | Path, count: int = 40, 
     for axes in grid:
         axes.set_axis_off()
     for axes, prediction in zip(grid, chosen, strict=False):
-        axes.imshow(np.asarray(open_picture(prediction.path)))
+        picture = open_picture(prediction.path) if picture_of is None else fitted(picture_of(prediction.path), 160)
+        axes.imshow(np.asarray(picture))
         mistaken = prediction.rank > 0
         color = RED if mistaken else GREEN
         predicted = _short(evaluation.classes[prediction.predicted])

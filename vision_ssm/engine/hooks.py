@@ -237,6 +237,7 @@ class RecordHook(Hook):
 @HOOKS.register_module()
 class PicturesHook(Hook):
     """Draws confusion_matrix.png and predictions.png, writes per_class.csv, after the last validation and after a test.
+    Further sets of a `SeveralValLoop` or `SeveralTestLoop` get files of their own, predictions_NAME.png and so on.
 
     Args:
         every_epochs: also after every so many epochs; None for the end only.
@@ -251,23 +252,37 @@ class PicturesHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if finished(runner) or (self.every_epochs is not None and runner.epoch % self.every_epochs == 0):
-            self.draw(runner.val_evaluator, Path(runner.work_dir), f"Validation after {position_in_words(runner)}")
+            self._draw_sets(runner.val_loop, Path(runner.work_dir), f"Validation after {position_in_words(runner)}")
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self.draw(runner.test_evaluator, Path(runner.work_dir), "Test")
+        self._draw_sets(runner.test_loop, Path(runner.work_dir), "Test")
 
-    def draw(self, evaluator: Any, folder: Path, title: str) -> None:
-        """Write the three files for the evaluation that `evaluator` has just done."""
+    def _draw_sets(self, loop: Any, folder: Path, title: str) -> None:
+        self.draw(loop.evaluator, folder, title, dataset=loop.dataloader.dataset)
+        for name, (loader, evaluator) in getattr(loop, "others", {}).items():
+            self.draw(evaluator, folder, f"{title}, {name}", f"_{name}", loader.dataset)
+
+    def draw(self, evaluator: Any, folder: Path, title: str, ending: str = "", dataset: Any = None) -> None:
+        """Write the three files for the evaluation that `evaluator` has just done.
+
+        Args:
+            evaluator: mmengine's, with a `ClassificationMetric`; otherwise nothing is written.
+            folder: where to write.
+            title: line above the pictures.
+            ending: of the files' names.
+            dataset: what was evaluated; its ``picture_of(path)``, where it has one, gives the pictures.
+        """
         evaluation = find_evaluation(evaluator)
         if evaluation is None or not is_main_process():
             return
-        figures.draw_confusion(evaluation, folder / "confusion_matrix.png", title)
-        figures.draw_predictions(evaluation, folder / "predictions.png", self.count, title)
+        figures.draw_confusion(evaluation, folder / f"confusion_matrix{ending}.png", title)
+        pictures = getattr(dataset, "picture_of", None)
+        figures.draw_predictions(evaluation, folder / f"predictions{ending}.png", self.count, title, pictures)
         lines = ["class,images,correct,accuracy,mistaken_for"]
         for row in evaluation.per_class():
             name, mistaken = (json.dumps(text, ensure_ascii=False) for text in (row["name"], row["mistaken_for"]))
             lines.append(f"{name},{row['images']},{row['correct']},{row['accuracy']:.2f},{mistaken}")
-        write_text("\n".join(lines) + "\n", folder / "per_class.csv")
+        write_text("\n".join(lines) + "\n", folder / f"per_class{ending}.csv")
 
 
 class _ConsoleStream:

@@ -16,6 +16,7 @@ from vision_ssm.registry import MODELS
 from vision_ssm.weights import load_weights, read_checkpoint, unwrap
 
 from .config import UsageError
+from .timm_models import load_classifier
 
 IMAGENET_CLASSES = 1000
 
@@ -78,7 +79,7 @@ class Predictor:
         if options.get("type") != "vision_ssm.ImageClassifier":
             raise UsageError(f"prediction needs a config of an ImageClassifier, this one is of {options.get('type')!r}")
         classifier = MODELS.build({**options, "pretrained": None, "reset_head": False})
-        load_weights(classifier.backbone, checkpoint, verbose=False)
+        load_classifier(classifier.backbone, checkpoint)
         dataset = (cfg.get("test_dataloader") or cfg.val_dataloader).dataset
         channels = dataset.get("channels", 3)
         transform = build_transform(**{"channels": channels, **dataset.transform})

@@ -1,0 +1,17 @@
+# 50 epochs of AdamW for a batch of 128, clipped at norm 1: one epoch of warm-up, then a cosine to a thousandth, both
+# per iteration. No average of the weights.
+optim_wrapper = dict(
+    type="vision_ssm.MixedPrecisionOptimWrapper",
+    constructor="vision_ssm.ParameterGroups",
+    precision="bf16",
+    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
+    clip_grad=dict(max_norm=1.0),
+    accumulative_counts=1,
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, begin=0, end=1, by_epoch=True, convert_to_iter_based=True),
+    dict(type="CosineAnnealingLR", eta_min_ratio=1e-3, begin=1, by_epoch=True, convert_to_iter_based=True),
+]
+auto_scale_lr = dict(enable=True, base_batch_size=128)
+train_cfg = dict(by_epoch=True, max_epochs=50, val_interval=1)
+custom_hooks = []
