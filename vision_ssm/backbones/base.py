@@ -246,7 +246,7 @@ class Backbone(ModelFamily):
         return self.num_features
 
     def build_head(self, num_classes: int) -> nn.Module:
-        """What turns the pooled vector, (B, head_hidden_size), into logits; a family may have more than a linear layer."""
+        """What turns the pooled vector, (B, head_hidden_size), into logits; a family may have more than one layer."""
         return nn.Linear(self.head_hidden_size, num_classes)
 
     def prune(self) -> None:
@@ -383,6 +383,6 @@ class Backbone(ModelFamily):
         return dict(stem=r"^(?:stem|pos_embed)\b", blocks=r"^stages\.(\d+)" if coarse else blocks + tail)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed: decays, skips, biases of step sizes and gates, norms of groups of channels,
-        position tables (1-D ones aside)."""
+        """Parameters that are never decayed: decays, skips, biases of step sizes and gates, norms of groups of
+        channels, position tables (1-D ones aside)."""
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in UNDECAYED}

@@ -43,15 +43,12 @@ class PLSTMBlock(ScanBlock):
         **options: see `ScanBlock`.
     """
 
-    def __init__(
-        self, dim: int, scan: dict | Literal[False], *, layer_scale: float | None = None, **options: Any
-    ):
+    def __init__(self, dim: int, scan: dict | Literal[False], *, layer_scale: float | None = None, **options: Any):
         hidden = math.ceil(_MLP_RATIO * dim / _MLP_MULTIPLE) * _MLP_MULTIPLE
         super().__init__(dim, scan, mlp_ratio=hidden / dim, norm="rms", norm_eps=_NORM_EPS, **options)
-        scales = {}
-        if layer_scale is not None:
-            scales = {n: LayerScale(dim, layer_scale) for n, part in ((1, self.mixer), (2, self.mlp)) if part is not None}
-        self.scale1, self.scale2 = (scales.get(n, nn.Identity()) for n in (1, 2))
+        wanted = layer_scale is not None
+        self.scale1 = LayerScale(dim, layer_scale) if wanted and self.mixer is not None else nn.Identity()
+        self.scale2 = LayerScale(dim, layer_scale) if wanted else nn.Identity()
 
     def forward(
         self, x: torch.Tensor, branch: Branch | None = None, layout: TokenLayout | None = None
@@ -82,8 +79,8 @@ class PLSTM(PlainBackbone):
         patch_size: side of a patch.
         positions: whether there is a table of learned positions.
         layer_scale: initial scale of the branches of all blocks; None: no scale.
-        pooling: what the classifier of a model without class tokens sees, ``"corners"``: the four corner cells behind one
-            another, or ``"mean"``.
+        pooling: what the classifier of a model without class tokens sees, ``"corners"``: the four corner cells, one
+            behind the other, or ``"mean"``.
         normed_map: in a classifier, `forward_intermediates` returns the normalised map behind the last block alone
             unless asked for others; without it, the raw maps of evenly spaced blocks.
         img_size: image size that sizes the position table.

@@ -93,7 +93,7 @@ class PLSTMScan(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Gates that depend on nothing: states decay slowly, little enters and is read, and beams spread over angles."""
+        """Gates start without weights: states decay slowly, little enters and is read, beams spread over angles."""
         nn.init.normal_(self.qkv.weight, std=(2 / (5 * self.qkv.in_features)) ** 0.5)
         nn.init.zeros_(self.qkv.bias)
         self.out_proj.reset_parameters()
