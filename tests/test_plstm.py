@@ -132,6 +132,28 @@ def test_decay_is_the_product_of_what_lies_between(states):
     assert not products[:, 2, :, 2:].any()
 
 
+@pytest.mark.parametrize("turns", ["propagation", "L", "R"])
+def test_no_images(turns):
+    inputs = plstm_inputs(batch=0, turns=turns)
+    want = run(plstm2d_reference, inputs)
+    for name, value in run(plstm2d, inputs).items():
+        assert value.shape == want[name].shape, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("turns", ["propagation", "L", "R"])
+@pytest.mark.parametrize("size", [(14, 14), (5, 11), (1, 7), (9, 1)], ids=str)
+def test_on_a_gpu(size, turns):
+    """Against the twin in float64, and bit-equal on repetition."""
+    inputs = plstm_inputs(2, size, 3, 16, 16, turns=turns)
+    inputs = {name: None if value is None else value.cuda() for name, value in inputs.items()}
+    compare("plstm2d", all_used(plstm2d), all_used(plstm2d_reference), inputs, torch.float32)
+    second = run(plstm2d, inputs)
+    for name, value in run(plstm2d, inputs).items():
+        assert torch.equal(value, second[name]), name
+
+
 def test_flips_are_their_own_inverse():
     values = torch.randn(2, 4, 3, 5)
     flipped = flip_orientations(values, 1, (2,), (3,))

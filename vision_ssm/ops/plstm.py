@@ -132,6 +132,7 @@ def plstm2d(
         return _plstm2d(Q, K, V, S_r, S_d, T_rl, T_du, T_dl, T_ru, M_l, M_u, D)
     if T_dl is None:
         return _plstm2d(Q, K, V, S_r, S_d, T_rl, T_du, None, torch.zeros_like(T_rl), M_l, M_u, D)
-    nodes_of = [None if tensor is None else tensor.transpose(1, 2) for tensor in (Q, K, V, D)]
+    # no path turns into the next row: in the transposed grid, none turns into the next column
     gates = [_transposed(gate) for gate in (S_d, S_r, T_du, T_rl, None, T_dl, M_u, M_l)]
-    return _plstm2d(*nodes_of[:3], *gates, nodes_of[3]).transpose(1, 2)
+    Q, K, V = (tensor.transpose(1, 2) for tensor in (Q, K, V))
+    return _plstm2d(Q, K, V, *gates, None if D is None else D.transpose(1, 2)).transpose(1, 2)

@@ -10,6 +10,7 @@ The result G (N, X, Y, X', Y') has the weight with which the node (x, y) reads t
 orientations, in the order of the map.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,12 @@ class Gates(NamedTuple):
     M_u: Tensor
 
 
+def _flips(parts: Sequence[Tensor], down: tuple[int, ...], right: tuple[int, ...]) -> list[Tensor]:
+    """1 or 4 orientations, 1 and 3 flipped along the axes `down`, 2 and 3 along `right`."""
+    axes = ((), down, right, (*down, *right))
+    return [part.flip(along) if along else part for part, along in zip(parts, axes)]
+
+
 def flip_orientations(values: Tensor, axis: int, down: tuple[int, ...], right: tuple[int, ...]) -> Tensor:
     """`values` with orientations 1 and 3 of 4, along `axis`, flipped along the axes `down`, and 2 and 3 along `right`.
 
@@ -36,11 +43,7 @@ def flip_orientations(values: Tensor, axis: int, down: tuple[int, ...], right: t
     """
     if values.shape[axis] == 1:
         return values
-    flipped = [
-        part.flip(axes) if axes else part
-        for part, axes in zip(values.split(1, axis), ((), down, right, (*down, *right)), strict=True)
-    ]
-    return torch.cat(flipped, axis)
+    return torch.cat(_flips(values.split(1, axis), down, right), axis)
 
 
 def _product(a: Tensor, b: Tensor, axis: int) -> Tensor:
@@ -171,55 +174,58 @@ class Diagonal:
 
 
 class Full:
-    """With `T_dl`: rows one after the other, each a product of its map and all sources above it."""
+    """With `T_dl`: rows one after the other, each a product of its map and what reaches it from all sources above.
+
+    Sources come first in the products, so that those that a row does not see lie behind those that it does.
+    """
 
     def __init__(self, gates: Gates):
         self.rows = row_maps(gates)
-        states = gates.S_d.shape[-1]
-        count, orientations, height, width = gates.S_d.shape[:4]
-        self.shape, self.batch = (count, orientations), count * orientations
-        self.states, self.height, self.width = states, height, width
-        maps = self.rows.map.movedim(2, 0).flatten(1, 2)  # (X, N O, Y, J + 1, Y', J + 1)
-        self.step = maps[:, :, :, :states, :, :states].reshape(height, self.batch, width * states, -1)
-        self.mark = maps[:, :, :, states, :, :states].reshape(height, self.batch, width, -1)  # (X, N O, Y, Y' J)
-        entry = maps[:, :, :, :states, :, states].movedim(-1, 2)  # (X, N O, Y', Y, J)
-        read = maps[:, :, :, states, :, states].mT  # (X, N O, Y', Y)
-        # what enters each row, for every source above it: sources first, so that those of the next rows come behind
-        self.above = entry.new_zeros(height, self.batch, height, width, width * states)
-        self._next(self.above).copy_(entry[:-1].flatten(-2).movedim(0, -1))
-        flat = self.above.flatten(2, 3)  # (X, N O, X' Y', Y J)
-        for x in range(1, height - 1):
-            torch.bmm(flat[x, :, : x * width], self.step[x].mT, out=flat[x + 1, :, : x * width])
-        self.read = read
+        height, width, states = gates.S_d.shape[2:]
+        self.shape, self.state = gates.S_d.shape[:2], states * width  # numbers that enter a row
+        maps = self._turned(self.rows.map.movedim(2, 0).flatten(1, 2))  # (X, N O, J + 1, Y, J + 1, Y')
+        self.step = maps[..., :states, :].flatten(4).flatten(2, 3)  # (X, N O, (J + 1) Y, J Y')
+        batch, columns = self.step.shape[1:3]
+        # of every row and source: the state that leaves to the next row, and the weights of the row
+        self.reach = self.step.new_zeros(height, batch, height, width, columns)
+        self._own(self.reach).copy_(maps[..., states, :].flatten(2, 3).permute(1, 3, 2, 0))
+        reach = self.reach.flatten(2, 3)  # (X, N O, X' Y', (J + 1) Y)
+        for x in range(1, height):
+            above = slice(x * width)
+            torch.bmm(reach[x - 1, :, above, : self.state], self.step[x].mT, out=reach[x, :, above])
 
-    def _next(self, values: Tensor) -> Tensor:
-        """Of values like `above`, the sources of the row right above: (N O, Y', Y J, X - 1)."""
-        return values[1:].diagonal(dim1=0, dim2=2)
+    @staticmethod
+    def _turned(maps: Tensor) -> Tensor:
+        """(..., Y, J + 1, Y', J + 1) -> (..., J + 1, Y, J + 1, Y'), and back."""
+        return maps.transpose(2, 3).transpose(4, 5)
+
+    @staticmethod
+    def _own(reach: Tensor) -> Tensor:
+        """Of values like `reach`, the sources of each row in that row: (N O, Y', (J + 1) Y, X)."""
+        return reach.diagonal(dim1=0, dim2=2)
 
     def weights(self) -> Tensor:
         """G, see the head of the file."""
-        total = (self.above.flatten(2, 3) @ self.mark.mT).view(*self.above.shape[:-1], self.width)
-        total.diagonal(dim1=0, dim2=2).add_(self.read.movedim(0, -1))
-        total = flip_orientations(total.unflatten(1, self.shape), 2, (0, 3), (4, 5)).sum(2)  # (X, N, X', Y', Y)
-        return total.permute(1, 0, 4, 2, 3).contiguous()
+        marks = self.reach[..., self.state :].unflatten(1, self.shape)
+        first, *others = _flips(marks.unbind(2), (0, 2), (3, 4))  # (X, N, X', Y', Y) each
+        return sum(others, first).permute(1, 0, 4, 2, 3).contiguous()
 
     def backward(self, grad: Tensor) -> dict[str, Tensor]:
         """grad: of G. Returns the gradients of the gates."""
-        grad = grad.permute(1, 0, 3, 4, 2).unsqueeze(2).expand(-1, -1, self.shape[1], -1, -1, -1)
-        grad = flip_orientations(grad, 2, (0, 3), (4, 5)).flatten(1, 2)  # (X, N O, X', Y', Y)
-        flat, above = grad.flatten(2, 3), self.above.flatten(2, 3)
-        of_above = flat @ self.mark  # (X, N O, X' Y', Y J)
-        for x in reversed(range(1, self.height - 1)):
-            seen = slice(x * self.width)
-            of_above[x, :, seen].baddbmm_(of_above[x + 1, :, seen], self.step[x])
-        of_map = torch.zeros_like(self.rows.map)
-        maps = of_map.movedim(2, 0)  # (X, N, O, Y, J + 1, Y', J + 1)
-        states, size = self.states, (*self.shape, self.width)
-        of_step = of_above[1:].mT @ above[:-1]  # (X - 1, N O, Y J, Y' J)
-        maps[:-1, :, :, :, :states, :, :states] = of_step.view(-1, *size, states, self.width, states)
-        of_mark = flat.mT @ above  # (X, N O, Y, Y' J)
-        maps[..., states, :, :states] = of_mark.view(-1, *size, self.width, states)
-        of_entry = self._next(of_above.view(self.above.shape)).movedim(-1, 0)  # (X - 1, N O, Y', Y J)
-        maps[:-1, :, :, :, :states, :, states] = of_entry.reshape(-1, *size, self.width, states).movedim(3, -1)
-        maps[..., states, :, states] = grad.diagonal(dim1=0, dim2=2).movedim(-1, 0).unflatten(1, self.shape).mT
-        return row_maps_backward(of_map, self.rows)
+        grad = grad.permute(1, 0, 3, 4, 2).contiguous()  # (X, N, X', Y', Y)
+        of_reach = torch.zeros_like(self.reach)
+        of_marks = of_reach[..., self.state :].unflatten(1, self.shape)
+        for i, values in enumerate(_flips([grad] * self.shape[1], (0, 2), (3, 4))):
+            of_marks[:, :, i] = values
+        height, width = self.reach.shape[2:4]
+        flat, reach = of_reach.flatten(2, 3), self.reach.flatten(2, 3)
+        for x in reversed(range(1, height)):
+            above = slice(x * width)
+            torch.bmm(flat[x, :, above], self.step[x], out=flat[x - 1, :, above, : self.state])
+        states, columns = self.state // width, self.step.shape[2]
+        of_maps = self.step.new_zeros(height, self.step.shape[1], columns, states + 1, width)
+        of_step = flat[1:].mT @ reach[:-1, ..., : self.state]  # (X - 1, N O, (J + 1) Y, J Y'); nothing enters row 0
+        of_maps[1:, :, :, :states] = of_step.unflatten(3, (states, width))
+        of_maps[:, :, :, states] = self._own(of_reach).permute(3, 0, 2, 1)
+        of_map = self._turned(of_maps.unflatten(2, (states + 1, width)))
+        return row_maps_backward(of_map.unflatten(1, self.shape).movedim(0, 2), self.rows)

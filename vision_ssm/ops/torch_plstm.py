@@ -5,6 +5,7 @@ two and over all orientations, times the product of query and key. States of (DK
 """
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,43 +68,33 @@ def plstm2d_reference(
     return y
 
 
-_ORDER = Gates._fields
-
-
-def _gates(given: dict[str, Tensor | None], work: torch.dtype) -> Gates:
+def _gates(given: dict[str, Tensor], work: torch.dtype) -> Gates:
     """Gates (B, X, Y, H, O, ...) in the order of the sweep, (B H, O, X, Y, ...)."""
-    present = {name: gate for name, gate in given.items() if gate is not None}
-    packed = torch.cat([gate.flatten(5, -1).to(work) for gate in map(present.get, present)], -1)
+    packed = torch.cat([gate.flatten(5).to(work) for gate in given.values()], -1)
     packed = flip_orientations(packed.permute(0, 3, 4, 1, 2, 5).flatten(0, 1), 1, (2,), (3,))
-    states = given["S_r"].shape[-1]
-    parts = packed.split([gate.shape[5:].numel() for gate in present.values()], -1)
-    gates = {
-        name: part.unflatten(-1, (states, states)) if name.startswith("T") else part
-        for name, part in zip(present, parts)
-    }
-    return Gates(**{"T_dl": None, **gates})
+    parts = packed.split([gate.shape[5:].numel() for gate in given.values()], -1)
+    gates = {name: part.unflatten(-1, given[name].shape[5:]) for name, part in zip(given, parts)}
+    return Gates(T_dl=gates.pop("T_dl", None), **gates)
 
 
-def _ungated(gradients: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+def _ungated(gradients: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
     """Inverse of `_gates`, for gradients."""
     flat = {name: gradient.flatten(4) for name, gradient in gradients.items()}  # (B H, O, X, Y, J or J^2)
     packed = flip_orientations(torch.cat(list(flat.values()), -1), 1, (2,), (3,))
-    packed = packed.unflatten(0, (batch, -1)).permute(0, 3, 4, 1, 2, 5)  # (B, X, Y, H, O, ...)
+    packed = packed.unflatten(0, (packed.shape[0] // heads, heads)).permute(0, 3, 4, 1, 2, 5)  # (B, X, Y, H, O, ...)
     parts = packed.split([gradient.shape[-1] for gradient in flat.values()], -1)
-    return {
-        name: part.unflatten(-1, gradients[name].shape[4:]) for name, part in zip(gradients, parts)
-    }
+    return {name: part.unflatten(-1, gradients[name].shape[4:]) for name, part in zip(gradients, parts)}
 
 
 def _heads(tensor: Tensor, work: torch.dtype) -> Tensor:
     """(B, X, Y, H, C) -> (B H, X Y, C)"""
-    return tensor.to(work).permute(0, 3, 1, 2, 4).reshape(-1, tensor.shape[1] * tensor.shape[2], tensor.shape[4])
+    return tensor.to(work).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
 def _nodes(tensor: Tensor, like: Tensor) -> Tensor:
     """Inverse of `_heads`; `like` is the map."""
     batch, height, width, heads = like.shape[:4]
-    return tensor.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4)
+    return tensor.view(batch, heads, height, width, tensor.shape[-1]).permute(0, 2, 3, 1, 4)
 
 
 class _Images:
@@ -125,8 +116,9 @@ class _Images:
         D: Tensor | None,
     ):
         work = work_dtype(Q)
-        given = dict(T_rl=T_rl, T_du=T_du, T_ru=T_ru, T_dl=T_dl, S_r=S_r, S_d=S_d, M_l=M_l, M_u=M_u)
-        self.paths = (Diagonal if T_dl is None else Full)(_gates(given, work))
+        given = dict(T_rl=T_rl, T_du=T_du, T_ru=T_ru, S_r=S_r, S_d=S_d, M_l=M_l, M_u=M_u)
+        gates = _gates(given if T_dl is None else {**given, "T_dl": T_dl}, work)
+        self.paths = Diagonal(gates) if T_dl is None else Full(gates)
         self.query, self.key, self.value = (_heads(tensor, work) for tensor in (Q, K, V))
         self.query = self.query * Q.shape[-1] ** -0.5
         self.like = V
@@ -154,34 +146,31 @@ class _Images:
             of_direct = of_weights.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             gradients["D"] = _nodes(of_direct.contiguous(), self.like).squeeze(-1)
         of_gates = self.paths.backward(of_weights.view(self.weights.shape))
-        return gradients | _ungated(of_gates, self.like.shape[0])
+        return gradients | _ungated(of_gates, self.like.shape[3])
 
 
-def _slices(inputs: tuple[Tensor | None, ...]) -> list[tuple[Tensor | None, ...]]:
-    """Inputs of a few images at a time."""
-    query, source = inputs[0], inputs[3]
-    batch, height, width, heads = query.shape[:4]
-    each = heads * source.shape[4] * (height * width) ** 2 * source.shape[5]
-    count = max(1, MAX_WEIGHTS.get(query.device.type, MAX_WEIGHTS["cuda"]) // each)
-    if count >= batch:
-        return [inputs]
-    return [
-        tuple(None if tensor is None else tensor[first : first + count] for tensor in inputs)
-        for first in range(0, batch, count)
-    ]
+def _slices(Q: Tensor, S_r: Tensor) -> list[slice]:
+    """The images that are worked on at a time."""
+    batch, height, width, heads = Q.shape[:4]
+    orientations, states = S_r.shape[4:]
+    each = heads * orientations * states * (height * width) ** 2
+    count = max(1, MAX_WEIGHTS.get(Q.device.type, MAX_WEIGHTS["cuda"]) // each)
+    return [slice(first, first + count) for first in range(0, max(batch, 1), count)]
 
 
-def forward(*inputs: Tensor | None) -> Tensor:
+def _images(part: slice, inputs: tuple[Any, ...]) -> _Images:
+    return _Images(*(None if tensor is None else tensor[part] for tensor in inputs))
+
+
+def forward(*inputs: Any) -> Tensor:
     """inputs: as those of the operator, `T_ru` given. Returns (B, X, Y, H, DV)."""
-    parts = [_Images(*part).forward() for part in _slices(inputs)]
+    parts = [_images(part, inputs).forward() for part in _slices(inputs[0], inputs[3])]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def backward(grad: Tensor, *inputs: Tensor | None) -> dict[str, Tensor]:
+def backward(grad: Tensor, *inputs: Any) -> dict[str, Tensor]:
     """grad: (B, X, Y, H, DV). Returns the gradients of all inputs that are given; the paths are summed again."""
-    slices = _slices(inputs)
-    grads = grad.split([part[0].shape[0] for part in slices])
-    parts = [_Images(*part).backward(gradient) for part, gradient in zip(slices, grads)]
+    parts = [_images(part, inputs).backward(grad[part]) for part in _slices(inputs[0], inputs[3])]
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,7 +1,7 @@
 """pLSTM's mixer: a linear recurrence on the edges of the grid, in four orientations.
 
 Paper: pLSTM: parallelizable Linear Source Transition Mark networks, arXiv 2506.11997. Source of the mathematics:
-github.com/ml-jku/plstm (MIT), commit a404ff38, src/plstm/torch/plstm_2d_layer_fused.py.
+github.com/ml-jku/plstm (MIT), commit a404ff38, src/plstm/torch.
 """
 
 import torch
