@@ -1,4 +1,4 @@
-"""Operators that are matrix products, non-causal SSD and the hidden state mixer: against their twins, and in graphs."""
+"""Operators that are matrix products, such as non-causal SSD: against their twins, and in graphs."""
 
 import types
 import warnings
@@ -6,12 +6,14 @@ import warnings
 import pytest
 import torch
 from ops_support import TOLERANCE, check, compare, fresh_seed, is_float, run
+from plstm_support import plstm_inputs
 from torch.utils.flop_counter import FlopCounterMode
 
-from vision_ssm.ops import hidden_state_mixer, noncausal_ssd, select_backend
+from vision_ssm.ops import hidden_state_mixer, noncausal_ssd, plstm2d, select_backend
 from vision_ssm.ops.backend import MATRIX_PRODUCTS
 from vision_ssm.ops.flops import hidden_state_mixer_flops, noncausal_ssd_flops
 from vision_ssm.ops.reference import hidden_state_mixer_reference, noncausal_ssd_reference
+from vision_ssm.ops.torch_plstm import plstm2d_reference
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +52,12 @@ def mixer_inputs(batch=2, length=19, dim=6, states=4, inner=5):
 OPERATORS = {
     "noncausal_ssd": (noncausal_ssd, noncausal_ssd_reference, ssd_inputs),
     "hidden_state_mixer": (hidden_state_mixer, hidden_state_mixer_reference, mixer_inputs),
+    "plstm2d": (plstm2d, plstm2d_reference, plstm_inputs),
 }
 ARGUMENTS = {
     "noncausal_ssd": ["x", "dt", "A", "B", "C", "D", "dt_bias", "dt_softplus"],
     "hidden_state_mixer": ["x", "dt", "B", "C", "in_weight", "out_weight", "D", "A"],
+    "plstm2d": list(plstm_inputs()),
 }
 CASES = [
     ("noncausal_ssd", {}),
@@ -63,6 +67,8 @@ CASES = [
     ("hidden_state_mixer", {}),
     ("hidden_state_mixer", dict(batch=1, length=7, dim=1, states=1, inner=1)),
     ("hidden_state_mixer", dict(length=2, dim=3, states=5, inner=12)),
+    ("plstm2d", {}),
+    ("plstm2d", dict(orientations=1, states=2, turns="L", direct=False)),
 ]
 
 
@@ -138,7 +144,7 @@ def arguments(op, options, requires_grad=True):
     return [value.requires_grad_(requires_grad) if is_float(value) else value for value in map(inputs.get, ARGUMENTS[op])]
 
 
-@pytest.mark.parametrize(("op", "options"), [CASES[0], CASES[2], CASES[4]], ids=str)
+@pytest.mark.parametrize(("op", "options"), [CASES[0], CASES[2], CASES[4], *CASES[-2:]], ids=str)
 def test_opcheck(op, options):
     torch.library.opcheck(getattr(torch.ops.vision_ssm, op).default, arguments(op, options))
     inputs = arguments(op, options, requires_grad=False)

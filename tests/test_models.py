@@ -155,7 +155,7 @@ def test_features_only(name):
 def test_classifier_surgery(name):
     model = vision_ssm.create_model(name, num_classes=0).eval()
     x = torch.randn(1, 3, 64, 64)
-    assert model(x).shape == (1, model.num_features)
+    assert model(x).shape == (1, model.head_hidden_size)
     assert isinstance(model.get_classifier(), torch.nn.Identity)
     model.double().reset_classifier(11)
     assert model(x.double()).shape == (1, 11) and model.num_classes == 11

@@ -22,7 +22,10 @@ DEFAULT_PRETRAINED_CFG = dict(
     crop_pct=224 / 256,
 )
 
-UNDECAYED = ("A_log", "D", "dt_proj_bias", "out_norm_weight", "out_norm_bias", "table")
+UNDECAYED = (
+    *("A_log", "D", "dt_proj_bias", "out_norm_weight", "out_norm_bias", "table"),
+    *("gate_bias", "transition_bias"),
+)
 """Last parts of the names of parameters that weight decay leaves alone."""
 
 
@@ -237,9 +240,14 @@ class Backbone(ModelFamily):
             self.head = self.build_head(self.num_classes) if self.num_classes else nn.Identity()
         self.apply(self._init_weights)
 
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of the pooled vector: `num_features`, unless a family sees more than one cell."""
+        return self.num_features
+
     def build_head(self, num_classes: int) -> nn.Module:
-        """What turns the pooled vector, (B, num_features), into logits; a family may have more than a linear layer."""
-        return nn.Linear(self.num_features, num_classes)
+        """What turns the pooled vector, (B, head_hidden_size), into logits; a family may have more than one layer."""
+        return nn.Linear(self.head_hidden_size, num_classes)
 
     def prune(self) -> None:
         """Take away what none of the maps of a `features_only` model depends on: it would get no gradient."""
@@ -375,6 +383,6 @@ class Backbone(ModelFamily):
         return dict(stem=r"^(?:stem|pos_embed)\b", blocks=r"^stages\.(\d+)" if coarse else blocks + tail)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that are never decayed: decays, skips, step-size biases, norms of groups of channels, position
-        tables (1-D ones aside)."""
+        """Parameters that are never decayed: decays, skips, biases of step sizes and gates, norms of groups of
+        channels, position tables (1-D ones aside)."""
         return {name for name, _ in self.named_parameters() if name.rsplit(".", 1)[-1] in UNDECAYED}

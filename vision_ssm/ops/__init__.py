@@ -7,6 +7,7 @@ from .hidden_state_mixer import hidden_state_mixer
 from .layer_norm import layer_norm
 from .local_selective_scan import local_selective_scan
 from .noncausal_ssd import noncausal_ssd
+from .plstm import plstm2d
 from .scan_2d import scan_2d
 from .selective_scan import selective_scan
 from .ssd import ssd
@@ -20,6 +21,7 @@ __all__ = [
     "layer_norm",
     "local_selective_scan",
     "noncausal_ssd",
+    "plstm2d",
     "scan_2d",
     "select_backend",
     "selective_scan",

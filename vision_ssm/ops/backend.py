@@ -13,7 +13,8 @@ import vision_ssm.kernels as kernels
 
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
-MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer")  # a kernel of ours would not be faster than PyTorch's
+# a kernel of ours would not be faster than PyTorch's
+MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer", "plstm2d")
 OPERATORS = (
     *("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "state_fusion", "local_selective_scan"),
     "dcnv4",
