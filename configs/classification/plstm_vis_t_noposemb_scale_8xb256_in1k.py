@@ -1,4 +1,5 @@
-# plstm_vis_t_noposemb_scale: 800 epochs at 192 x 192 (arXiv 2506.11997). Neither weights nor an accuracy are published.
+# plstm_vis_t_noposemb_scale: 800 epochs at 192 x 192 (arXiv 2506.11997).
+# Neither weights nor an accuracy are published.
 _base_ = [
     "../_base_/default_runtime.py",
     "../_base_/models/classifier_in1k.py",
