@@ -1,4 +1,4 @@
-# plstm_vis_s, fine-tuning of arXiv 2506.11997: 20 epochs at 224 x 224 from weights of 192 x 192,
+# plstm_vis_s, second stage: 20 epochs at 224 x 224 from the weights of the first,
 # --cfg-options model.pretrained=FILE.
 _base_ = [
     "../_base_/default_runtime.py",
