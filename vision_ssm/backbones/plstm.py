@@ -43,6 +43,8 @@ class PLSTMBlock(ScanBlock):
         **options: see `ScanBlock`.
     """
 
+    mlp: nn.Module
+
     def __init__(self, dim: int, scan: dict | Literal[False], *, layer_scale: float | None = None, **options: Any):
         hidden = math.ceil(_MLP_RATIO * dim / _MLP_MULTIPLE) * _MLP_MULTIPLE
         super().__init__(dim, scan, mlp_ratio=hidden / dim, norm="rms", norm_eps=_NORM_EPS, **options)

@@ -43,10 +43,9 @@ def plstm2d_reference(
     for orientation in range(S_r.shape[4]):
         axes = [axis for axis in (1, 2) if orientation >> (axis - 1) & 1]
         q, kv = query.flip(axes), outer.flip(axes)
-        source_r, source_d, rl, du, dl, ru, mark_l, mark_u = (
-            None if gate is None else gate.to(work)[:, :, :, :, orientation].flip(axes)
-            for gate in (S_r, S_d, T_rl, T_du, T_dl, T_ru, M_l, M_u)
-        )
+        first = [gate.to(work)[:, :, :, :, orientation].flip(axes) for gate in (S_r, S_d, T_rl, T_du, M_l, M_u)]
+        source_r, source_d, rl, du, mark_l, mark_u = first
+        dl, ru = (None if gate is None else gate.to(work)[:, :, :, :, orientation].flip(axes) for gate in (T_dl, T_ru))
         nothing = kv.new_zeros(*kv[:, 0, 0].shape, S_r.shape[-1])  # (B, H, DK, DV, J)
         right = {(-1, j): nothing for j in range(width)}  # states that leave a node to the next row
         down = {(i, -1): nothing for i in range(height)}  # ... and to the next column
