@@ -15,6 +15,7 @@ MODULES: dict[str, str] = {
     "depthwise_conv": "depthwise_conv",
     "state_fusion": "state_fusion",
     "dcnv4": "dcnv4",
+    "plstm2d": "plstm",
 }
 
 

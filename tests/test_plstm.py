@@ -8,9 +8,11 @@ import torch
 from ops_support import TOLERANCE, cast, check, compare, fresh_seed, run
 from plstm_support import plstm_inputs, random_options
 from torch.utils.flop_counter import FlopCounterMode
+from vision_ssm.kernels import plstm_walk
 
 import vision_ssm
-from vision_ssm.ops import plstm2d, torch_plstm
+from vision_ssm import kernels
+from vision_ssm.ops import plstm2d, select_backend, torch_plstm
 from vision_ssm.ops.plstm import plstm2d_flops
 from vision_ssm.ops.plstm_paths import decay, flip_orientations
 from vision_ssm.ops.torch_plstm import plstm2d_reference
@@ -140,15 +142,70 @@ def test_no_images(turns):
         assert value.shape == want[name].shape, name
 
 
+INTERPRETED = [
+    dict(batch=1, size=(3, 4), heads=1),
+    dict(batch=1, size=(2, 2), heads=1, states=2, turns="L", direct=False),
+    dict(batch=1, size=(1, 5), orientations=1),
+    dict(batch=1, size=(6, 1), turns="R"),
+    dict(batch=1, size=(2, 2), heads=1, key_dim=70, value_dim=17, turns="none"),
+    dict(batch=1, size=(7, 5), heads=1, orientations=1, turns="L"),  # two blocks of sources
+]
+
+
+@pytest.mark.parametrize("options", INTERPRETED, ids=str)
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_in_the_interpreter(monkeypatch, options):
+    monkeypatch.setattr(plstm_walk, "_COLUMNS", 2)
+    compare("plstm2d", all_used(plstm2d), all_used(plstm2d_reference), plstm_inputs(**options), torch.float32)
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_kernels_take_heads_in_turns(monkeypatch):
+    monkeypatch.setattr(plstm_walk, "_COLUMNS", 2)
+    inputs = plstm_inputs(1, (1, 2), heads=3, orientations=1)
+    want = run(plstm2d, inputs)
+    monkeypatch.setattr(kernels.find("plstm2d"), "MAX_WORKSPACE", 2 * 5 * 2 * 32)  # two in the backward pass
+    for name, value in run(plstm2d, inputs).items():
+        assert torch.equal(value, want[name]), name
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernels_of_half_precision(monkeypatch, dtype):
+    """Views of one projection, as a model has them."""
+    monkeypatch.setattr(plstm_walk, "_COLUMNS", 2)
+    inputs = plstm_inputs(1, (1, 3), 2, 5, 5, orientations=1)
+    projected = torch.randn(1, 1, 3, 2, 3, 5).to(dtype).transpose(3, 4)
+    inputs |= dict(zip("QKV", projected.unbind(3)))
+    compare("plstm2d", plstm2d, plstm2d_reference, inputs, dtype)
+
+
+def on_gpu(**options):
+    inputs = plstm_inputs(**options)
+    return {name: None if value is None else value.cuda() for name, value in inputs.items()}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("turns", ["propagation", "L", "R"])
-@pytest.mark.parametrize("size", [(14, 14), (5, 11), (1, 7), (9, 1)], ids=str)
-def test_on_a_gpu(size, turns):
-    """Against the twin in float64, and bit-equal on repetition."""
-    inputs = plstm_inputs(2, size, 3, 16, 16, turns=turns)
-    inputs = {name: None if value is None else value.cuda() for name, value in inputs.items()}
+@pytest.mark.parametrize("number", range(50))
+def test_kernels_on_random_grids_on_a_gpu(number):
+    """Against the twin in float64; heads and channels are few, so that few kernels are compiled."""
+    options = random_options(number) | dict(heads=2, key_dim=16, value_dim=16, states=1 + (number % 10 == 0))
+    inputs = on_gpu(**options)
+    assert select_backend(inputs["Q"], "plstm2d").name == "triton"
     compare("plstm2d", all_used(plstm2d), all_used(plstm2d_reference), inputs, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("turns", ["propagation", "L", "R"])
+@pytest.mark.parametrize("size", [(14, 14), (5, 11)], ids=str)
+def test_on_a_gpu(size, turns, dtype):
+    """Channels of published models; bit-equal on repetition."""
+    inputs = on_gpu(batch=2, size=size, heads=3, key_dim=64, value_dim=64, turns=turns)
+    compare("plstm2d", all_used(plstm2d), all_used(plstm2d_reference), inputs, dtype)
+    inputs = cast(inputs, dtype)
     second = run(plstm2d, inputs)
     for name, value in run(plstm2d, inputs).items():
         assert torch.equal(value, second[name]), name

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import vision_ssm
 
-from ..backbones.base import Backbone
+from ..backbones.family import ModelFamily
 from .timing import (
     WARMUP,
     BenchmarkError,
@@ -145,7 +145,7 @@ def check_model(
     Raises:
         BenchmarkError: logits or gradients differ.
     """
-    if not isinstance(model, Backbone):
+    if not isinstance(model, ModelFamily):
         return
     twin = copy.deepcopy(model).float().eval()
     image = torch.randn(1, model.in_chans, *_CHECK_SIZE, device=device)
@@ -303,20 +303,26 @@ def _inference(model: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dty
     return infer
 
 
+def _loss(logits: Tensor) -> Tensor:
+    """Against class 0, or 0 everywhere, of logits (B, classes) or scores (B, classes, H, W)."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+    return F.cross_entropy(logits, logits.new_zeros((len(logits), *logits.shape[2:]), dtype=torch.long))
+
+
 def _training(
     model: nn.Module, runner: Callable[[Tensor], Tensor], images: Tensor, amp: torch.dtype | None, recorded: bool
 ) -> Callable[[], Tensor]:
     """`recorded`: the step is to become a CUDA graph."""
-    labels = torch.randint(0, model.num_classes, images.shape[:1], device=images.device)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=images.is_cuda, capturable=recorded)
 
     def update() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(images.device.type, dtype=amp, enabled=amp is not None):
             outputs = runner(images)
-            # a distilled head returns two in training
+            # a distilled head returns two in training, deep supervision scores of several sizes
             heads = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = sum(F.cross_entropy(logits, labels) for logits in heads)
+            loss = sum(_loss(logits) for logits in heads)
         loss.backward()
         optimizer.step()
         return loss.detach()

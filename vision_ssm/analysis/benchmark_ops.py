@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import dcnv4, layer_norm, scan_2d, selective_scan, ssd, state_fusion
+from ..ops import dcnv4, layer_norm, plstm2d, scan_2d, selective_scan, ssd, state_fusion
 from ..registry import suggest
 from ..scans import build_routes
 from ..scans.multi_direction import MultiDirectionScan
@@ -436,6 +436,40 @@ def _state_fusion_cases() -> dict[str, OperatorCase]:
     }
 
 
+@dataclass(frozen=True)
+class PLSTMCase(OperatorCase):
+    """The recurrence on a grid in four orientations, with the direct term; gates are float32."""
+
+    height: int
+    width: int
+    heads: int
+    turns: tuple[str, ...]
+    head_width: int = 64
+
+    @property
+    def shape(self) -> str:
+        return f"B={self.batch} {self.height}x{self.width} {self.heads} heads of {self.head_width}"
+
+    def small(self) -> OperatorCase:
+        return replace(self, batch=_CHECK_BATCH, height=5, width=6)
+
+    def values(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        draw, gate = partial(torch.randn, device=device), partial(torch.rand, device=device)
+        nodes = (self.batch, self.height, self.width, self.heads)
+        values = {name: draw(*nodes, self.head_width, dtype=dtype) for name in "QKV"}
+        values |= {name: gate(*nodes, 4, 1) for name in ("S_r", "S_d", "M_l", "M_u")}
+        values |= {name: draw(*nodes, 4, 1, 1).tanh() for name in ("T_rl", "T_du", *self.turns)}
+        return values | {"D": gate(*nodes)}
+
+    def bind(self, values: dict[str, Tensor]) -> Bound:
+        leaves = _leaves(values)
+        absent = dict.fromkeys({"T_dl", "T_ru"} - set(self.turns))
+        return Bound(lambda: plstm2d(**leaves, **absent), leaves)  # type: ignore[arg-type]
+
+    def exponentials(self) -> int:
+        return 0  # gates are given
+
+
 def _map_cases(kind: type[MapCase], name: str) -> dict[str, OperatorCase]:
     cases: dict[str, OperatorCase] = {}
     for stage in range(1, 5):
@@ -459,6 +493,9 @@ CASES: dict[str, OperatorCase] = {
     "ssd_stage1": SSDCase(128, "vmamba_tiny_m2, stage 1, four routes as groups", 3136, 24, 16, 4, 64),
     **_state_fusion_cases(),
     **_deformable_cases(),
+    "plstm_propagation": PLSTMCase(64, "pLSTM-Vis-T at 224 x 224", 14, 14, 3, ("T_dl", "T_ru")),
+    "plstm_diffusion": PLSTMCase(64, "pLSTM-Vis-T at 224 x 224", 14, 14, 3, ("T_ru",)),
+    "plstm_large": PLSTMCase(4, "pLSTM-Vis-T at 1024 x 1024", 64, 64, 3, ("T_ru",)),
     "rms_norm_tokens": RMSNormCase(128, "Vim-T at 224 x 224", 197, 192),
 }
 

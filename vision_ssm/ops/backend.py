@@ -14,10 +14,10 @@ import vision_ssm.kernels as kernels
 ENVIRONMENT_VARIABLE = "VISION_SSM_BACKEND"
 BACKENDS = ("triton", "chunked", "reference")
 # a kernel of ours would not be faster than PyTorch's
-MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer", "plstm2d")
+MATRIX_PRODUCTS = ("noncausal_ssd", "hidden_state_mixer")
 OPERATORS = (
     *("selective_scan", "scan_2d", "ssd", "depthwise_conv", "layer_norm", "state_fusion", "local_selective_scan"),
-    "dcnv4",
+    *("dcnv4", "plstm2d"),
     *MATRIX_PRODUCTS,
 )
 COMPOSED = {"local_selective_scan": "scan_2d"}  # operators that call another one, and have its implementations
