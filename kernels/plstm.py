@@ -60,7 +60,7 @@ def backward(grad: Tensor, Q: Tensor, K: Tensor, V: Tensor, *others: Any) -> dic
     of_gates = torch.zeros_like(walk.gates)
     if grad.numel() and Q.numel():
         of_heads = []
-        for first, count in _turns(walk, len(Q) * walk.heads, matrices=3 + 2 * walk.states):
+        for first, count in _turns(walk, len(Q) * walk.heads, matrices=2 + walk.orientations * walk.states):
             weights = walk.weights(first, count)
             of_heads.append(walk.of_gates(products.backward(grad, weights, gradients, first), first))
         of_gates = torch.cat(of_heads).unflatten(0, (len(Q), walk.heads)).transpose(1, 2)  # (B, cells, H, O, COUNT)

@@ -1,9 +1,10 @@
 """Walks over a grid for pLSTM: weights with which nodes read each other, and gradients of the gates.
 
-Each lane of a program is a source, whose state it walks over the grid, row by row: what it reads on its way is a column
-of the matrix of weights. The vertical states of a row wait in memory for the next one; only the lane that wrote them
-reads them, so nothing waits for other lanes. The backward pass walks every source back along its way. Gradients are
-summed in each program, and afterwards over the blocks of sources, always in one order.
+Each lane of a warp is a source, whose state it walks over the grid, row by row: what it reads on its way is a column of
+the matrix of weights. Each warp of a program has an orientation. The vertical states of a row wait in memory for the
+next one; only the lane that wrote them reads them, so nothing waits for other lanes. The backward pass walks every
+source back along its way. Gradients are summed in each program, and afterwards over the blocks of sources, always in
+one order.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from .launch import launch
 from .sizes import ceil_div
 
-_LANES = 32  # sources of a program: one warp
+_LANES = 32  # sources of a program, in each of its warps
 _COLUMNS = 8  # nodes whose states are loaded together
 
 
@@ -63,16 +64,16 @@ def _scaled(factor, vector, added, STATES: tl.constexpr):
 
 
 @triton.jit
-def _nothing(LANES: tl.constexpr, STATES: tl.constexpr):
+def _nothing(ORIENTATIONS: tl.constexpr, LANES: tl.constexpr, STATES: tl.constexpr):
     result = ()
     for _ in tl.static_range(STATES):
-        result = result + (tl.zeros([LANES], tl.float32),)
+        result = result + (tl.zeros([ORIENTATIONS, LANES], tl.float32),)
     return result
 
 
 @triton.jit
 def _load_states(place, step, mask, STATES: tl.constexpr):
-    """J tiles [LANES], `step` numbers apart."""
+    """J tiles, `step` numbers apart; zeros where `mask` is not set."""
     result = ()
     for i in tl.static_range(STATES):
         result = result + (tl.load(place + i * step, mask=mask, other=0.0),)
@@ -86,138 +87,149 @@ def _store_states(place, states, step, mask, STATES: tl.constexpr):
 
 
 @triton.jit
-def _task(first_sequence, height, width, LANES: tl.constexpr, HEADS: tl.constexpr):
-    """Of a program that walks: its sources, number of its sequence here, image, head, first and last row of sources."""
+def _store_sum(place, product, mask):
+    """Over the lanes of each orientation; `place` and `mask` are [ORIENTATIONS, 1]."""
+    tl.store(place, tl.sum(product, 1, keep_dims=True), mask=mask)
+
+
+@triton.jit
+def _where(condition, states, others, STATES: tl.constexpr):
+    result = ()
+    for i in tl.static_range(STATES):
+        result = result + (tl.where(condition, states[i], others[i]),)
+    return result
+
+
+@triton.jit
+def _task(first_sequence, height, width, HEADS: tl.constexpr, LANES: tl.constexpr):
+    """Of a program: block of sources, number of its sequence here, image, head, first and last row of the sources."""
     blocks = tl.cdiv(height * width, LANES)
     pid = tl.program_id(0)
     block = pid % blocks
     local = (pid // blocks).to(tl.int64)
     sequence = local + first_sequence
     last = tl.minimum(block * LANES + LANES, height * width) - 1
-    source = block * LANES + tl.arange(0, LANES)
-    return source, block, local, sequence // HEADS, sequence % HEADS, block * LANES // width, last // width
+    return block, local, sequence // HEADS, sequence % HEADS, block * LANES // width, last // width
+
+
+@triton.jit
+def _column(number, leftward, width):
+    """Column of the node that is `number` steps from the start of a row, [ORIENTATIONS, 1]; the last one beyond."""
+    number = tl.minimum(number, width - 1)
+    return tl.where(leftward, width - 1 - number, number)
+
+
+@triton.jit
+def _right(
+    gate, here, vertical, horizontal, nothing, STATES: tl.constexpr, S_D: tl.constexpr, T_DU: tl.constexpr,
+    T_DL: tl.constexpr, TURNS_DOWN: tl.constexpr,
+):  # fmt: skip
+    """What leaves a node to the next column."""
+    result = _scaled(here, gate + S_D, nothing, STATES)
+    result = _moved(horizontal, gate + T_DU, result, STATES, False)
+    if TURNS_DOWN:
+        result = _moved(vertical, gate + T_DL, result, STATES, False)
+    return result
 
 
 @triton.jit
 def _walk(
-    gates,  # of this head and orientation, of the node (0, 0)
-    weights,  # (cells, padded) of this sequence, or None
-    kept,  # (2, J, cells, LANES) of this program, or None: the states that enter every node
-    line,  # (J, width, LANES) of this program: vertical states that enter the next row
-    source,
-    first_row,
-    rows,
-    rising,
-    leftward,
-    height,
-    width,
-    padded,
-    NODE: tl.constexpr,
-    STATES: tl.constexpr,
-    LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    T_RL: tl.constexpr,
-    T_DU: tl.constexpr,
-    T_RU: tl.constexpr,
-    S_R: tl.constexpr,
-    S_D: tl.constexpr,
-    M_L: tl.constexpr,
-    M_U: tl.constexpr,
-    T_DL: tl.constexpr,
-    TURNS_DOWN: tl.constexpr,
-):
-    """One orientation of the walk of all sources of a program; what they read is added to `weights`."""
-    lane = tl.arange(0, LANES)
-    nothing = _nothing(LANES, STATES)
-    for column in range(0, width):
-        _store_states(line + column * LANES + lane, nothing, width * LANES, lane >= 0, STATES)
-    for turn in range(0, rows):
-        row = first_row - turn if rising else first_row + turn
-        horizontal = nothing
-        for start in range(0, width, COLUMNS):
-            entering = ()
-            before = ()
-            for c in tl.static_range(COLUMNS):
-                column = tl.minimum(start + c, width - 1)
-                column = width - 1 - column if leftward else column
-                inside = lane * 0 + (start + c) < width
-                entering = entering + (
-                    _load_states(line + column * LANES + lane, width * LANES, inside, STATES),
-                )
-                if weights is not None:
-                    place = weights + (row * width + column).to(tl.int64) * padded + source
-                    before = before + (tl.load(place, mask=inside, other=0.0),)
-            leaving = ()
-            passing = ()
-            after = ()
-            for c in tl.static_range(COLUMNS):
-                column = tl.minimum(start + c, width - 1)
-                column = width - 1 - column if leftward else column
-                node = row * width + column
-                gate = gates + node.to(tl.int64) * NODE
-                here = tl.where(source == node, 1.0, 0.0)
-                vertical = entering[c]
-                passing = passing + (horizontal,)
-                if weights is not None:
-                    read = before[c]
-                    for i in tl.static_range(STATES):
-                        read += vertical[i] * tl.load(gate + M_L + i) + horizontal[i] * tl.load(gate + M_U + i)
-                    after = after + (read,)
-                down = _scaled(here, gate + S_R, nothing, STATES)
-                down = _moved(vertical, gate + T_RL, down, STATES, False)
-                leaving = leaving + (_moved(horizontal, gate + T_RU, down, STATES, False),)
-                right = _scaled(here, gate + S_D, nothing, STATES)
-                right = _moved(horizontal, gate + T_DU, right, STATES, False)
-                if TURNS_DOWN:
-                    right = _moved(vertical, gate + T_DL, right, STATES, False)
-                horizontal = right
-            for c in tl.static_range(COLUMNS):
-                column = tl.minimum(start + c, width - 1)
-                column = width - 1 - column if leftward else column
-                node = row * width + column
-                inside = lane * 0 + (start + c) < width
-                _store_states(line + column * LANES + lane, leaving[c], width * LANES, inside, STATES)
-                if weights is not None:
-                    tl.store(weights + node.to(tl.int64) * padded + source, after[c], mask=inside)
-                if kept is not None:
-                    place = kept + node * LANES + lane
-                    step = height * width * LANES
-                    _store_states(place, entering[c], step, inside, STATES)
-                    _store_states(place + STATES * step, passing[c], step, inside, STATES)
-
-
-@triton.jit
-def _plstm_weights_kernel(
-    gates,  # (B, cells, heads, orientations, COUNT)
-    weights,  # (sequences, cells, padded), zeros: of the node that reads, and the source
-    lines,  # (programs, J, width, LANES)
-    first_sequence, height, width, padded,
+    gates,  # (cells, heads, orientations, COUNT) of this image
+    weights,  # (cells, padded) of this sequence, or None: what is read is added
+    kept,  # (J, cells, ORIENTATIONS, LANES) of this program, or None: vertical states that enter every node
+    starts,  # (J, height, parts, ORIENTATIONS, LANES), or None: horizontal states that enter every part of a row
+    line,  # (J, width, ORIENTATIONS, LANES) of this program: vertical states that enter the next row
+    block, head, top, bottom, height, width, padded,
     HEADS: tl.constexpr, ORIENTATIONS: tl.constexpr, COUNT: tl.constexpr, STATES: tl.constexpr,
     LANES: tl.constexpr, COLUMNS: tl.constexpr,
     T_RL: tl.constexpr, T_DU: tl.constexpr, T_RU: tl.constexpr, S_R: tl.constexpr, S_D: tl.constexpr,
     M_L: tl.constexpr, M_U: tl.constexpr, T_DL: tl.constexpr, TURNS_DOWN: tl.constexpr,
 ):  # fmt: skip
     NODE: tl.constexpr = HEADS * ORIENTATIONS * COUNT
-    source, _, local, image, head, top, bottom = _task(first_sequence, height, width, LANES, HEADS)
+    TILE: tl.constexpr = ORIENTATIONS * LANES
+    orientation = tl.arange(0, ORIENTATIONS)[:, None]
+    source = (block * LANES + tl.arange(0, LANES))[None, :]
+    tile = orientation * LANES + tl.arange(0, LANES)[None, :]
+    rising, leftward = orientation % 2 == 1, orientation // 2 == 1
+    gates += (head * ORIENTATIONS + orientation) * COUNT
+    nothing = _nothing(ORIENTATIONS, LANES, STATES)
+    for number in range(0, width):
+        _store_states(line + number * TILE + tile, nothing, width * TILE, tile >= 0, STATES)
+    for turn in range(0, tl.maximum(height - top, bottom + 1)):
+        row = tl.where(rising, bottom - turn, top + turn)
+        exists = (row >= 0) & (row < height)
+        at = tl.minimum(tl.maximum(row, 0), height - 1)
+        base = at * width
+        horizontal = nothing
+        for start in range(0, width, COLUMNS):
+            entering = ()
+            for c in tl.static_range(COLUMNS):
+                place = line + tl.minimum(start + c, width - 1) * TILE + tile
+                entering = entering + (_load_states(place, width * TILE, tile >= 0, STATES),)
+            if starts is not None:
+                parts = tl.cdiv(width, COLUMNS)
+                place = starts + (at * parts + start // COLUMNS) * TILE + tile
+                _store_states(place, horizontal, height * parts * TILE, exists & (tile >= 0), STATES)
+            leaving = ()
+            reading = ()
+            for c in tl.static_range(COLUMNS):
+                node = base + _column(start + c, leftward, width)
+                gate = gates + node.to(tl.int64) * NODE
+                here = tl.where((source == node) & exists, 1.0, 0.0)
+                vertical = entering[c]
+                if weights is not None:
+                    read = tl.zeros([ORIENTATIONS, LANES], tl.float32)
+                    for i in tl.static_range(STATES):
+                        read += vertical[i] * tl.load(gate + M_L + i) + horizontal[i] * tl.load(gate + M_U + i)
+                    reading = reading + (read,)
+                down = _scaled(here, gate + S_R, nothing, STATES)
+                down = _moved(vertical, gate + T_RL, down, STATES, False)
+                leaving = leaving + (_moved(horizontal, gate + T_RU, down, STATES, False),)
+                horizontal = _right(gate, here, vertical, horizontal, nothing, STATES, S_D, T_DU, T_DL, TURNS_DOWN)
+            for c in tl.static_range(COLUMNS):
+                number = start + c
+                column = _column(number, leftward, width)
+                node = base + column
+                inside = exists & (tile * 0 + number < width)
+                _store_states(line + number * TILE + tile, leaving[c], width * TILE, inside, STATES)
+                if kept is not None:
+                    _store_states(kept + node * TILE + tile, entering[c], height * width * TILE, inside, STATES)
+                if weights is not None:
+                    across = tl.where(leftward, column <= source % width, column >= source % width)
+                    along = tl.where(rising, row <= source // width, row >= source // width)
+                    # two orientations at most reach the same node, so the order of the sum does not matter
+                    place = weights + node.to(tl.int64) * padded + source
+                    tl.atomic_add(place, reading[c], mask=inside & across & along, sem="relaxed")
+
+
+@triton.jit
+def _plstm_weights_kernel(
+    gates,  # (B, cells, heads, orientations, COUNT)
+    weights,  # (sequences, cells, padded), zeros: of the node that reads, and the source
+    lines,  # (programs, J, width, orientations, LANES)
+    first_sequence, height, width, padded,
+    HEADS: tl.constexpr, ORIENTATIONS: tl.constexpr, COUNT: tl.constexpr, STATES: tl.constexpr,
+    LANES: tl.constexpr, COLUMNS: tl.constexpr,
+    T_RL: tl.constexpr, T_DU: tl.constexpr, T_RU: tl.constexpr, S_R: tl.constexpr, S_D: tl.constexpr,
+    M_L: tl.constexpr, M_U: tl.constexpr, T_DL: tl.constexpr, TURNS_DOWN: tl.constexpr,
+):  # fmt: skip
+    block, local, image, head, top, bottom = _task(first_sequence, height, width, HEADS, LANES)
     weights += local * height * width * padded
-    line = lines + tl.program_id(0).to(tl.int64) * (STATES * width * LANES)
-    for orientation in range(0, ORIENTATIONS):
-        rising = orientation % 2 == 1
-        base = gates + image * height * width * NODE + (head * ORIENTATIONS + orientation) * COUNT
-        first_row = tl.where(rising, bottom, top)
-        rows = tl.where(rising, bottom + 1, height - top)
-        _walk(
-            base, weights, None, line, source, first_row, rows, rising, orientation // 2 == 1, height, width, padded,
-            NODE, STATES, LANES, COLUMNS, T_RL, T_DU, T_RU, S_R, S_D, M_L, M_U, T_DL, TURNS_DOWN,
-        )  # fmt: skip
+    gates += image * height * width * (HEADS * ORIENTATIONS * COUNT)
+    line = lines + tl.program_id(0).to(tl.int64) * (STATES * width * ORIENTATIONS * LANES)
+    _walk(
+        gates, weights, None, None, line, block, head, top, bottom, height, width, padded,
+        HEADS, ORIENTATIONS, COUNT, STATES, LANES, COLUMNS, T_RL, T_DU, T_RU, S_R, S_D, M_L, M_U, T_DL, TURNS_DOWN,
+    )  # fmt: skip
 
 
 @triton.jit
 def _plstm_gates_kernel(
     gates,  # (B, cells, heads, orientations, COUNT)
     of_weights,  # (sequences, cells, padded)
-    lines,  # (programs, J, width, LANES)
-    kept,  # (programs, 2, J, cells, LANES)
+    lines,  # (programs, J, width, orientations, LANES)
+    kept,  # (programs, J, cells, orientations, LANES)
+    starts,  # (programs, J, height, parts, orientations, LANES)
     partial,  # (blocks, sequences, cells, orientations, COUNT), zeros: what each block adds to the gradients
     first_sequence, sequences, height, width, padded,
     HEADS: tl.constexpr, ORIENTATIONS: tl.constexpr, COUNT: tl.constexpr, STATES: tl.constexpr,
@@ -226,64 +238,94 @@ def _plstm_gates_kernel(
     M_L: tl.constexpr, M_U: tl.constexpr, T_DL: tl.constexpr, TURNS_DOWN: tl.constexpr,
 ):  # fmt: skip
     NODE: tl.constexpr = HEADS * ORIENTATIONS * COUNT
-    source, block, local, image, head, top, bottom = _task(first_sequence, height, width, LANES, HEADS)
+    TILE: tl.constexpr = ORIENTATIONS * LANES
+    block, local, image, head, top, bottom = _task(first_sequence, height, width, HEADS, LANES)
     cells = height * width
-    lane = tl.arange(0, LANES)
-    every = lane >= 0
+    parts = tl.cdiv(width, COLUMNS)
     program = tl.program_id(0).to(tl.int64)
+    gates += image * cells * NODE
     of_weights += local * cells * padded
-    line = lines + program * (STATES * width * LANES)
-    kept += program * (2 * STATES * LANES) * cells
-    step = cells * LANES  # between states of one node
+    line = lines + program * (STATES * TILE) * width
+    kept += program * (STATES * TILE) * cells
+    starts += program * (STATES * TILE) * (height * parts)
     partial += (block * sequences + local) * cells * (ORIENTATIONS * COUNT)
-    nothing = _nothing(LANES, STATES)
-    for orientation in range(0, ORIENTATIONS):
-        rising = orientation % 2 == 1
-        leftward = orientation // 2 == 1
-        base = gates + image * cells * NODE + (head * ORIENTATIONS + orientation) * COUNT
-        first_row = tl.where(rising, bottom, top)
-        rows = tl.where(rising, bottom + 1, height - top)
-        _walk(
-            base, None, kept, line, source, first_row, rows, rising, leftward, height, width, padded,
-            NODE, STATES, LANES, COLUMNS, T_RL, T_DU, T_RU, S_R, S_D, M_L, M_U, T_DL, TURNS_DOWN,
-        )  # fmt: skip
-        # and back: gradients of the states that leave a node, down from the line and right from the node before
-        for column in range(0, width):
-            _store_states(line + column * LANES + lane, nothing, width * LANES, every, STATES)
-        for turn in range(0, rows):
-            row = first_row - (rows - 1 - turn) if rising else first_row + (rows - 1 - turn)
-            of_right = nothing
-            for number in range(0, width):
-                column = number if leftward else width - 1 - number
-                node = row * width + column
-                gate = base + node.to(tl.int64) * NODE
+    _walk(
+        gates, None, kept, starts, line, block, head, top, bottom, height, width, padded,
+        HEADS, ORIENTATIONS, COUNT, STATES, LANES, COLUMNS, T_RL, T_DU, T_RU, S_R, S_D, M_L, M_U, T_DL, TURNS_DOWN,
+    )  # fmt: skip
+
+    # and back, part by part: horizontal states are found again, then gradients of what leaves the nodes are walked
+    orientation = tl.arange(0, ORIENTATIONS)[:, None]
+    source = (block * LANES + tl.arange(0, LANES))[None, :]
+    tile = orientation * LANES + tl.arange(0, LANES)[None, :]
+    rising, leftward = orientation % 2 == 1, orientation // 2 == 1
+    gates += (head * ORIENTATIONS + orientation) * COUNT
+    nothing = _nothing(ORIENTATIONS, LANES, STATES)
+    for number in range(0, width):
+        _store_states(line + number * TILE + tile, nothing, width * TILE, tile >= 0, STATES)
+    rows = tl.maximum(height - top, bottom + 1)
+    for turn in range(0, rows):
+        row = tl.where(rising, bottom - (rows - 1 - turn), top + (rows - 1 - turn))
+        exists = (row >= 0) & (row < height)
+        at = tl.minimum(tl.maximum(row, 0), height - 1)
+        base = at * width
+        of_right = nothing
+        for back in range(0, parts):
+            part = parts - 1 - back
+            place = starts + (at * parts + part) * TILE + tile
+            horizontal = _load_states(place, height * parts * TILE, exists & (tile >= 0), STATES)
+            entering = ()
+            passing = ()
+            of_entered = ()
+            of_read = ()
+            for c in tl.static_range(COLUMNS):
+                number = part * COLUMNS + c
+                inside = exists & (tile * 0 + number < width)
+                node = base + _column(number, leftward, width)
+                entering = entering + (_load_states(kept + node * TILE + tile, cells * TILE, inside, STATES),)
+                of_entered = of_entered + (
+                    _load_states(line + number * TILE + tile, width * TILE, inside, STATES),
+                )
+                place = of_weights + node.to(tl.int64) * padded + source
+                of_read = of_read + (tl.load(place, mask=inside, other=0.0),)
+            for c in tl.static_range(COLUMNS):
+                node = base + _column(part * COLUMNS + c, leftward, width)
+                gate = gates + node.to(tl.int64) * NODE
+                here = tl.where((source == node) & exists, 1.0, 0.0)
+                passing = passing + (horizontal,)
+                horizontal = _right(gate, here, entering[c], horizontal, nothing, STATES, S_D, T_DU, T_DL, TURNS_DOWN)
+            for turned in tl.static_range(COLUMNS):
+                c: tl.constexpr = COLUMNS - 1 - turned
+                number = part * COLUMNS + c
+                present = exists & (orientation * 0 + number < width)
+                node = base + _column(number, leftward, width)
+                gate = gates + node.to(tl.int64) * NODE
                 target = partial + (node.to(tl.int64) * ORIENTATIONS + orientation) * COUNT
-                of_down = _load_states(line + column * LANES + lane, width * LANES, every, STATES)
-                vertical = _load_states(kept + node * LANES + lane, step, every, STATES)
-                horizontal = _load_states(kept + STATES * step + node * LANES + lane, step, every, STATES)
-                grad = tl.load(of_weights + node.to(tl.int64) * padded + source)
-                here = source == node
+                vertical, horizontal = entering[c], passing[c]
+                of_down, grad = of_entered[c], of_read[c]
+                here = (source == node) & present
                 for i in tl.static_range(STATES):
-                    tl.store(target + M_L + i, tl.sum(grad * vertical[i], 0))
-                    tl.store(target + M_U + i, tl.sum(grad * horizontal[i], 0))
+                    _store_sum(target + M_L + i, grad * vertical[i], present)
+                    _store_sum(target + M_U + i, grad * horizontal[i], present)
                     # only the lane of the node itself has a share
-                    tl.store(target + S_R + i + tl.zeros([LANES], tl.int32), of_down[i], mask=here)
-                    tl.store(target + S_D + i + tl.zeros([LANES], tl.int32), of_right[i], mask=here)
+                    tl.store(target + S_R + i + tl.zeros_like(tile), of_down[i], mask=here)
+                    tl.store(target + S_D + i + tl.zeros_like(tile), of_right[i], mask=here)
                     for j in tl.static_range(STATES):
-                        k = i * STATES + j
-                        tl.store(target + T_RL + k, tl.sum(of_down[i] * vertical[j], 0))
-                        tl.store(target + T_RU + k, tl.sum(of_down[i] * horizontal[j], 0))
-                        tl.store(target + T_DU + k, tl.sum(of_right[i] * horizontal[j], 0))
+                        k: tl.constexpr = i * STATES + j
+                        _store_sum(target + T_RL + k, of_down[i] * vertical[j], present)
+                        _store_sum(target + T_RU + k, of_down[i] * horizontal[j], present)
+                        _store_sum(target + T_DU + k, of_right[i] * horizontal[j], present)
                         if TURNS_DOWN:
-                            tl.store(target + T_DL + k, tl.sum(of_right[i] * vertical[j], 0))
+                            _store_sum(target + T_DL + k, of_right[i] * vertical[j], present)
                 of_vertical = _scaled(grad, gate + M_L, nothing, STATES)
                 of_vertical = _moved(of_down, gate + T_RL, of_vertical, STATES, True)
                 if TURNS_DOWN:
                     of_vertical = _moved(of_right, gate + T_DL, of_vertical, STATES, True)
                 of_horizontal = _scaled(grad, gate + M_U, nothing, STATES)
                 of_horizontal = _moved(of_down, gate + T_RU, of_horizontal, STATES, True)
-                of_right = _moved(of_right, gate + T_DU, of_horizontal, STATES, True)
-                _store_states(line + column * LANES + lane, of_vertical, width * LANES, every, STATES)
+                of_horizontal = _moved(of_right, gate + T_DU, of_horizontal, STATES, True)
+                of_right = _where(present, of_horizontal, of_right, STATES)
+                _store_states(line + number * TILE + tile, of_vertical, width * TILE, present & (tile >= 0), STATES)
 
 
 class Walk:
@@ -305,13 +347,13 @@ class Walk:
         self.blocks = self.padded // _LANES
 
     def _lines(self, count: int) -> Tensor:
-        return self.gates.new_empty(count * self.blocks, self.states, self.width, _LANES)
+        return self.gates.new_empty(count * self.blocks, self.states, self.width, self.orientations, _LANES)
 
     def _constants(self) -> dict[str, Any]:
         places = {name.upper(): place for name, place in self.layout._asdict().items()}
         return dict(
             HEADS=self.heads, ORIENTATIONS=self.orientations, STATES=self.states, LANES=_LANES, COLUMNS=_COLUMNS,
-            TURNS_DOWN=self.layout.T_dl < self.layout.count, num_warps=1, **places,
+            TURNS_DOWN=self.layout.T_dl < self.layout.count, num_warps=self.orientations, **places,
         )  # fmt: skip
 
     def weights(self, first: int, count: int) -> Tensor:
@@ -327,10 +369,12 @@ class Walk:
         """Gradients of the gates of these heads, (count, cells, O, COUNT), from that of the weights."""
         count = len(of_weights)
         partial = of_weights.new_zeros(self.blocks, count, self.cells, self.orientations, self.layout.count)
-        kept = of_weights.new_empty(count * self.blocks, 2, self.states, self.cells, _LANES)
+        states = (count * self.blocks, self.states)
+        kept = of_weights.new_empty(*states, self.cells, self.orientations, _LANES)
+        starts = of_weights.new_empty(*states, self.height, ceil_div(self.width, _COLUMNS), self.orientations, _LANES)
         launch(
             _plstm_gates_kernel, (count * self.blocks,),
-            self.gates, of_weights, self._lines(count), kept, partial, first, count, self.height, self.width,
+            self.gates, of_weights, self._lines(count), kept, starts, partial, first, count, self.height, self.width,
             self.padded, **self._constants(),
         )  # fmt: skip
         return partial.sum(0)
