@@ -88,8 +88,12 @@ def _store_states(place, states, step, mask, STATES: tl.constexpr):
 
 @triton.jit
 def _store_sum(place, product, mask):
-    """Over the lanes of each orientation; `place` and `mask` are [ORIENTATIONS, 1]."""
-    tl.store(place, tl.sum(product, 1, keep_dims=True), mask=mask)
+    """Over the lanes of each orientation; `place` and `mask` are [ORIENTATIONS, 1].
+
+    One lane stores it: a tile [ORIENTATIONS, 1] of its own would go through shared memory.
+    """
+    lane = tl.arange(0, product.shape[1])[None, :]
+    tl.store(place + lane * 0, tl.sum(product, 1, keep_dims=True) + lane * 0, mask=mask & (lane == 0))
 
 
 @triton.jit
@@ -295,14 +299,13 @@ def _plstm_gates_kernel(
                 passing = passing + (horizontal,)
                 horizontal = _right(gate, here, entering[c], horizontal, nothing, STATES, S_D, T_DU, T_DL, TURNS_DOWN)
             for turned in tl.static_range(COLUMNS):
-                c: tl.constexpr = COLUMNS - 1 - turned
-                number = part * COLUMNS + c
+                number = part * COLUMNS + COLUMNS - 1 - turned
                 present = exists & (orientation * 0 + number < width)
                 node = base + _column(number, leftward, width)
                 gate = gates + node.to(tl.int64) * NODE
                 target = partial + (node.to(tl.int64) * ORIENTATIONS + orientation) * COUNT
-                vertical, horizontal = entering[c], passing[c]
-                of_down, grad = of_entered[c], of_read[c]
+                vertical, horizontal = entering[COLUMNS - 1 - turned], passing[COLUMNS - 1 - turned]
+                of_down, grad = of_entered[COLUMNS - 1 - turned], of_read[COLUMNS - 1 - turned]
                 here = (source == node) & present
                 for i in tl.static_range(STATES):
                     _store_sum(target + M_L + i, grad * vertical[i], present)
@@ -311,12 +314,11 @@ def _plstm_gates_kernel(
                     tl.store(target + S_R + i + tl.zeros_like(tile), of_down[i], mask=here)
                     tl.store(target + S_D + i + tl.zeros_like(tile), of_right[i], mask=here)
                     for j in tl.static_range(STATES):
-                        k: tl.constexpr = i * STATES + j
-                        _store_sum(target + T_RL + k, of_down[i] * vertical[j], present)
-                        _store_sum(target + T_RU + k, of_down[i] * horizontal[j], present)
-                        _store_sum(target + T_DU + k, of_right[i] * horizontal[j], present)
+                        _store_sum(target + T_RL + i * STATES + j, of_down[i] * vertical[j], present)
+                        _store_sum(target + T_RU + i * STATES + j, of_down[i] * horizontal[j], present)
+                        _store_sum(target + T_DU + i * STATES + j, of_right[i] * horizontal[j], present)
                         if TURNS_DOWN:
-                            _store_sum(target + T_DL + k, of_right[i] * vertical[j], present)
+                            _store_sum(target + T_DL + i * STATES + j, of_right[i] * vertical[j], present)
                 of_vertical = _scaled(grad, gate + M_L, nothing, STATES)
                 of_vertical = _moved(of_down, gate + T_RL, of_vertical, STATES, True)
                 if TURNS_DOWN:
