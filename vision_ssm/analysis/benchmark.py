@@ -222,9 +222,9 @@ def _demand(
     rounding: Callable[[], float] = lambda: 0.0,
     reference: str = "the reference operators'",
 ) -> None:
-    """`rounding` gives the error of the reference itself; twice that is allowed, if it is more than `tolerance`."""
+    """`rounding` gives the error of the reference itself; if three times that is above `tolerance`, it is allowed."""
     if not error < tolerance:  # so that NaN is an error too
-        tolerance = max(tolerance, 2 * rounding())
+        tolerance = max(tolerance, 3 * rounding())
     if not error < tolerance:
         raise BenchmarkError(
             f"{name} is not timed: its {subject} {error:.1e} away from {reference} (allowed {tolerance:.0e}); "
