@@ -85,7 +85,7 @@ class UNet(ModelFamily):
     """
 
     registry = UNETS
-    default_cfg = dict(input_size=(3, 224, 224))
+    common_cfg = dict(input_size=(3, 224, 224))
     classifier_key = "head.scores.weight"
     classifier_parts = ()
     wrappers = ("module.", "_orig_mod.", "model.", "_model.", "unet.")
