@@ -10,6 +10,7 @@ from torch import nn
 
 from .family import ModelFamily, points_to_file
 
+IMAGENET_CLASSES = 1000
 _SOURCE = ("license", "input_size", "crop_pct", "tag")
 _REPORTED = "_reported"
 
@@ -64,10 +65,11 @@ class TimmContract(ModelFamily):
         """What is known of variant `name` and of its weights `tag`, by default the first of them."""
         known = cls.weights_of(name)
         weights = known.get(tag) or next(iter(known.values()), cls.published.get(name, {}))
-        return timm_settings(name, cls.common_cfg, weights)
+        classes = 0 if cls.variants[name].get("features_only") else IMAGENET_CLASSES
+        return timm_settings(name, {**cls.common_cfg, "num_classes": classes}, weights)
 
     def take_name(self, name: str, tag: str = "") -> None:
-        super().take_name(name)
+        super().take_name(name, tag)
         self.describe(self.settings_of(name, tag))
 
     def describe(self, settings: PretrainedCfg) -> None:

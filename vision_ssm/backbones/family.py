@@ -12,7 +12,7 @@ from ..registry import BACKBONES, suggest
 
 _Model = TypeVar("_Model", bound="ModelFamily")
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
-_OF_ONE_TRAINING = ("url", "file", "sha256", "tag", "ema", "also")
+_OF_ONE_TRAINING = ("url", "file", "cached_as", "sha256", "tag", "ema", "also")
 
 
 def register_family(cls: type[_Model]) -> dict[str, Callable[..., _Model]]:
@@ -95,10 +95,10 @@ class ModelFamily(nn.Module):
     published: ClassVar[dict[str, dict[str, Any]]] = {}
     """Official weights of a variant, as far as their authors say.
 
-    ``url``: of the file, or of a page to download it from. ``file``: its name in the cache. ``top1_reported`` and the
-    like, ``ema``: whether that is the accuracy of averaged weights, ``license``, ``paper``, ``sha256``, ``input_size``,
-    ``crop_pct``. ``also`` lists further weights of the same variant in the same form, where another training of it is
-    published; each then has a ``tag``.
+    ``url``: of the file, or of a page to download it from. ``file``: its name, and ``cached_as``: its name in the cache
+    where the published one says too little. ``top1_reported`` and the like, ``ema``: whether that is the accuracy of
+    averaged weights, ``license``, ``paper``, ``sha256``, ``input_size``, ``crop_pct``. ``also`` lists further weights of
+    the same variant in the same form, where another training of it is published; each then has a ``tag``.
     """
     common_cfg: ClassVar[dict[str, Any]] = {}
     """What the `pretrained_cfg` of every variant begins with."""
@@ -141,8 +141,8 @@ class ModelFamily(nn.Module):
             settings["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
         return settings
 
-    def take_name(self, name: str) -> None:
-        """Go by the name of a variant from now on."""
+    def take_name(self, name: str, tag: str = "") -> None:
+        """Go by the name of a variant from now on; `tag` says which of several published weights it has."""
         self.variant = name
         self.pretrained_cfg = {**self.common_cfg, **self.published.get(name, {})}
 
@@ -150,7 +150,7 @@ class ModelFamily(nn.Module):
     def weights_of(cls, name: str) -> dict[str, dict[str, Any]]:
         """Weights that are published of variant `name`, in the form of `published`, by tag; the default comes first.
 
-        The tag is empty where there are only one. Every entry has a ``file``.
+        The tag is empty where there are only one. Every entry has a ``file``, its name in the cache.
         """
         first = cls.published.get(name, {})
         if "url" not in first:
@@ -159,8 +159,8 @@ class ModelFamily(nn.Module):
         found = {}
         for entry in (first, *first.get("also", ())):
             tag = entry.get("tag", "")
-            file = f"{name}.{tag}.pth" if tag else f"{name}.pth"
-            found[tag] = {"file": file, **kept, **{key: value for key, value in entry.items() if key != "also"}}
+            file = entry.get("cached_as") or entry.get("file") or (f"{name}.{tag}.pth" if tag else f"{name}.pth")
+            found[tag] = {**kept, **{key: value for key, value in entry.items() if key != "also"}, "file": file}
         return found
 
     @classmethod
