@@ -1,4 +1,4 @@
-"""Weight files from the net, into a cache: resumed, checked before they get their name, safe to ask for twice at once."""
+"""Weight files from the net, into a cache: resumed, checked before they get their name, asked for by many at once."""
 
 import errno
 import hashlib
@@ -64,12 +64,12 @@ def fetch(
 ) -> Path:
     """The cached weight file `file`, downloaded from `url` if it is not there yet.
 
-    A download that was cut off goes on where it ended, now and in a later call, if the server can do that. The file gets
-    its name when it is whole: it has the size the server announced, the `sha256` if one is given, and is a checkpoint
-    that can be read. Processes that ask for the same file wait for the one that downloads it.
+    A download that was cut off goes on where it ended, now and in a later call, if the server can do that. The file
+    gets its name when it is whole: it has the size the server announced, the `sha256` if one is given, and is a
+    checkpoint that can be read. Processes that ask for the same file wait for the one that downloads it.
 
     Args:
-        url: link to the file. A link to a web page (Google Drive, Baidu, a repository) is an error that says what to do.
+        url: link to the file. One to a web page (Google Drive, Baidu, a repository) is an error that says what to do.
         file: name in the cache.
         cache_dir: see `cache_folder`.
         sha256: hexadecimal digest.

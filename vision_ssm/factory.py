@@ -42,6 +42,15 @@ def find_family(name: str) -> type[Backbone]:
     return cls
 
 
+def find_any(name: str) -> type[Backbone] | type[UNet]:
+    """The class of the backbone or U-Net `name`; `KeyError` with suggestions if there is none."""
+    cls = owner_of(name, UNETS) or owner_of(name, BACKBONES)
+    if cls is None:
+        hint = suggest(name, [*list_models(), *list_unets()])
+        raise KeyError(f"unknown model {name!r}.{hint} list_models() and list_unets() name all of them.")
+    return cls
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all backbones that match a shell-style `pattern`, such as ``"vmamba_*"``."""
     return _names(BACKBONES, pattern)
@@ -97,13 +106,9 @@ def create_model(
         FileNotFoundError, CheckpointError: `pretrained` or `encoder_weights` cannot be read or does not fit.
     """
     variant, tag = split_tag(name)
-    unet = owner_of(variant, UNETS)
-    cls = owner_of(variant, BACKBONES) if unet is None else unet
-    if cls is None:
-        hint = suggest(variant, [*list_models(), *list_unets()])
-        raise KeyError(f"unknown model {name!r}.{hint} list_models() and list_unets() name all of them.")
+    cls = find_any(variant)
     settings = dict(overrides, num_classes=num_classes, features_only=features_only, out_indices=out_indices)
-    if unet is not None:
+    if issubclass(cls, UNet):
         settings = {key: value for key, value in settings.items() if value is not None}
         check_overrides(variant, settings, cls.keywords())
         if pretrained and encoder_weights:

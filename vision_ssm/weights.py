@@ -98,7 +98,8 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
         ]
         listing = f" Checkpoints in that folder: {_preview(sorted(near))}." if near else ""
         raise FileNotFoundError(f"no checkpoint file {path}.{listing}")
-    head = path.open("rb").read(512)
+    with path.open("rb") as opened:
+        head = opened.read(512)
     if not head:
         raise CheckpointError(f"{path} is empty: the download or copy failed; fetch it again")
     if head.lstrip()[:1] == b"<":

@@ -76,6 +76,7 @@ class Backbone(TimmContract):
         self.num_classes = 0 if features_only else num_classes
         self.features_only = features_only
         self.variant = None
+        self.overrides = {}
         self.pos_embed: nn.Module | None = None
         self.pretrained_cfg = {}
         self._requested_indices = out_indices
@@ -207,7 +208,8 @@ class Backbone(TimmContract):
     def _set_pooling(self, num_classes: int, global_pool: str | None) -> None:
         if global_pool not in (None, "", self.own_pool):
             raise ValueError(
-                f"{type(self).__name__} pools by {self.own_pool!r}: global_pool is that, or '' for none, got {global_pool!r}"
+                f"{type(self).__name__} pools by {self.own_pool!r}: global_pool is that, or '' for none, got"
+                f" {global_pool!r}"
             )
         if global_pool == "" and num_classes:
             raise ValueError("a classifier needs pooled features: global_pool='' goes with num_classes=0")

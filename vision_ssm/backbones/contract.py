@@ -43,7 +43,6 @@ def timm_settings(name: str, common: Mapping[str, Any], weights: Mapping[str, An
 class TimmContract(ModelFamily):
     """Base of `Backbone`: its descriptions, its maps and its shortening, in the form that timm has for them."""
 
-    common_cfg: dict[str, Any]
     pos_embed: nn.Module | None
     stem: nn.Module
     stages: nn.ModuleList
@@ -74,7 +73,9 @@ class TimmContract(ModelFamily):
 
     def describe(self, settings: PretrainedCfg) -> None:
         """Make `settings`, and what only the built model knows of its parts, the `pretrained_cfg`."""
-        own = dict(first_conv=self.first_conv, classifier=self.classifiers or None, pool_size=self.pool_size(settings))
+        names = self.classifiers
+        classifier = names[0] if len(names) == 1 else names or None
+        own = dict(first_conv=self.first_conv, classifier=classifier, pool_size=self.pool_size(settings))
         given = settings.to_dict()
         self.pretrained_cfg = given | {key: value for key, value in own.items() if given.get(key) is None}
 

@@ -97,8 +97,8 @@ class ModelFamily(nn.Module):
 
     ``url``: of the file, or of a page to download it from. ``file``: its name, and ``cached_as``: its name in the cache
     where the published one says too little. ``top1_reported`` and the like, ``ema``: whether that is the accuracy of
-    averaged weights, ``license``, ``paper``, ``sha256``, ``input_size``, ``crop_pct``. ``also`` lists further weights of
-    the same variant in the same form, where another training of it is published; each then has a ``tag``.
+    averaged weights, ``license``, ``paper``, ``sha256``, ``input_size``, ``crop_pct``. ``also`` lists further weights
+    of the same variant in the same form, where another training of it is published; each then has a ``tag``.
     """
     common_cfg: ClassVar[dict[str, Any]] = {}
     """What the `pretrained_cfg` of every variant begins with."""

@@ -270,7 +270,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _published(file: str, top1: float, ema: bool) -> dict[str, Any]:
     url = f"https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/{file}"
-    return dict(url=url, file=file, cached_as=f"plainmamba_{file}", top1_reported=top1, ema=ema, paper="arXiv:2403.17695")
+    names = dict(url=url, file=file, cached_as=f"plainmamba_{file}")
+    return dict(names, top1_reported=top1, ema=ema, paper="arXiv:2403.17695")
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -103,6 +103,7 @@ class UNet(ModelFamily):
         self.in_chans = in_chans
         self.deep_supervision = deep_supervision
         self.variant = None
+        self.overrides = {}
         self.pretrained_cfg = {}
 
     def finish(self, dims: Sequence[int], reductions: Sequence[int], head_dim: int) -> None:
