@@ -209,11 +209,12 @@ def _explain_misfit(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> 
     keys = set(tensors)
     if not model.recognises(keys):
         known = [*BACKBONES.module_dict.values(), *UNETS.module_dict.values()]
-        owner = next((cls for cls in known if cls.recognises(keys)), None)
-        if owner is None:
+        owners = [cls for cls in known if cls.recognises(keys)]  # families of like blocks may share all names it knows
+        if not owners:
             return f"this is no {model.family} checkpoint: its keys begin with {_preview(sorted(keys), 3)}"
-        names = [cls.family if owner.family != model.family else cls.__name__ for cls in (model.registered(), owner)]
-        return f"this is no {names[0]} checkpoint: it looks like a {names[1]} checkpoint"
+        within = any(owner.family == model.family for owner in owners)
+        own, *names = (cls.__name__ if within else cls.family for cls in (model.registered(), *owners))
+        return f"this is no {own} checkpoint: it looks like a {' or '.join(dict.fromkeys(names))} checkpoint"
     ours = model.own_keys(dict(tensors))
     for name, settings in model.variants.items():
         if name == model.variant:

@@ -235,8 +235,8 @@ def list_models_command(argv: Sequence[str] | None = None) -> int:
     """List models."""
     parser = command_parser(
         "List the backbones and U-Nets of the library with family, parameters, scan and official weights: 'download' "
-        "is what create_model(NAME, pretrained=True) fetches, 'page' what is to be downloaded with a browser, 'encoder' "
-        "what encoder_weights=True fetches.",
+        "is what create_model(NAME, pretrained=True) fetches, 'page' what is to be downloaded with a browser, "
+        "'encoder' what encoder_weights=True fetches.",
         """  list_models.py
   list_models.py 'vmamba_*'
   list_models.py '*unet*'

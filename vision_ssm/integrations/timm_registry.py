@@ -118,6 +118,8 @@ def build(
         in_chans=settings.input_size[0] if in_chans is None else in_chans,
         out_indices=out_indices,
     )
+    if not overrides.get("drop_path_rate") and "drop_path_rate" not in find_family(variant).keywords():
+        overrides.pop("drop_path_rate", None)  # no rate is what a family without drop path has
     if pretrained:
         with torch.device("meta"):
             create_model(variant, **overrides)  # nothing is downloaded for a model that cannot be built
