@@ -163,8 +163,9 @@ def test_loads_a_checkpoint(name, tmp_path):
     loaded = timm.create_model(name, **options, checkpoint_path=tmp_path / "c.pth")
     again = timm.create_model(name, **options)
     load_checkpoint(again, str(tmp_path / "c.pth"))
+    first, second = loaded.state_dict(), again.state_dict()
     for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value) and torch.equal(again.state_dict()[key], value)
+        assert torch.equal(first[key], value) and torch.equal(second[key], value)
 
 
 @pytest.mark.parametrize("name", MICRO)

@@ -15,9 +15,8 @@ MICRO = vision_ssm.list_models("*_micro")
 
 
 def same_weights(one, other) -> bool:
-    return one.state_dict().keys() == other.state_dict().keys() and all(
-        torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items()
-    )
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 @pytest.mark.parametrize("name", MICRO)
