@@ -362,7 +362,7 @@ def test_every_published_weight_can_be_named_and_cached():
             files[entry["file"]] += 1
             links[entry["url"]] += 1
             assert entry["url"].startswith("https://") and "/blob/" not in entry["url"] and "also" not in entry
-            assert entry["paper"].startswith("arXiv:") and not Path(entry["file"]).stem in ("l1", "l2", "l3", "best")
+            assert entry["paper"].startswith("arXiv:") and Path(entry["file"]).stem not in ("l1", "l2", "l3", "best")
             assert "sha256" not in entry or len(entry["sha256"]) == 64
     assert set(files.values()) == set(links.values()) == {1} and len(files) > 50
     assert not any("sha256" in entry for name in list_models() for entry in find_family(name).weights_of(name).values())

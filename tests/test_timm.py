@@ -13,7 +13,9 @@ import timm
 import torch
 from test_models import expected
 from timm.data import resolve_data_config, resolve_model_data_config
+from timm.data.model_config import resolve_input_data_config
 from timm.models import FeatureInfo, get_pretrained_cfg, load_checkpoint
+from timm.models._factory import resolve_model_input_args
 from timm.models._features import FeatureGetterNet
 from timm.optim import create_optimizer_v2
 
@@ -255,6 +257,16 @@ def test_every_variant_is_created_through_timm(name, monkeypatch):
         assert settings["classifier"] and settings["num_classes"] == model.num_classes == 1000
     assert f"{settings['first_conv']}.weight" in model.state_dict()
     assert len(model.feature_info.channels()) == len(model.out_info)
+
+
+def test_arguments_of_timms_scripts():
+    """train.py and validate.py turn their command line into keywords, and the model into settings of the data."""
+    arguments = resolve_model_input_args("vssd_micro", args=dict(in_chans=4, img_size=96), num_classes=3, pretrained=False)
+    model = timm.create_model(**arguments)
+    assert model.in_chans == 4 and model.num_classes == 3 and model.variant == "vssd_micro"
+    assert resolve_input_data_config(model, args=dict(img_size=96))["input_size"] == (4, 96, 96)
+    tagged = resolve_model_input_args("vssd_tiny.mesa_in1k")
+    assert tagged["model_name"] == "vssd_tiny" and tagged["pretrained_cfg"]["tag"] == "mesa_in1k"
 
 
 # Settings and weights
