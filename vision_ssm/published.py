@@ -82,12 +82,11 @@ def find_weights(
         if tag and tag != pretrained:
             raise ValueError(f"{name}.{tag} and pretrained={pretrained!r} name two trainings: give one of them")
         tag, pretrained = pretrained, True
-    if pretrained is True:
-        entry = published_entry(cls, name, tag)
-        return Weights(fetch_weights(cls, name, tag, cache_dir), entry.get("tag", ""), entry.get("ema", True))
-    if tag:
-        published_entry(cls, name, tag)  # a misspelt tag is an error in any case
-    return Weights(pretrained or None, tag)
+    if pretrained is not True and not tag:
+        return Weights(pretrained or None)
+    entry = published_entry(cls, name, tag)  # a misspelt tag is an error in any case
+    file = fetch_weights(cls, name, tag, cache_dir) if pretrained is True else pretrained or None
+    return Weights(file, entry.get("tag", ""), entry.get("ema", True))
 
 
 def _looks_like_tag(text: str) -> bool:

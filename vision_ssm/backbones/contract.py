@@ -1,6 +1,5 @@
 """What timm and code written for it ask of a backbone, apart from its forward pass."""
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,11 +144,10 @@ class TimmContract(ModelFamily):
             indices = range(-indices, 0)
         return self.resolve_indices(indices)
 
-    @abstractmethod
     def built_maps(self) -> list[int]:
         """Numbers of the maps that this model can return."""
+        raise NotImplementedError
 
-    @abstractmethod
     def collect(
         self, x: torch.Tensor, indices: Sequence[int], norm: bool | None, whole: bool
     ) -> tuple[Any, list[torch.Tensor]]:
@@ -162,6 +160,7 @@ class TimmContract(ModelFamily):
             whole: run the stages behind the last map too. The features are those of `forward_features` then, and
                 otherwise None.
         """
+        raise NotImplementedError
 
     def forward_intermediates(
         self,
@@ -238,6 +237,6 @@ class TimmContract(ModelFamily):
         self.prune()
         return self.out_indices
 
-    @abstractmethod
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one for `num_classes` classes (0: none)."""
+        raise NotImplementedError
