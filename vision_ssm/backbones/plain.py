@@ -203,12 +203,12 @@ class PlainBackbone(Backbone):
         return x
 
     def _walk(
-        self, x: torch.Tensor, wanted: Sequence[int], whole: bool
+        self, x: torch.Tensor, wanted: Sequence[int], whole: bool = False
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, Branch | None, TokenLayout | None]]:
-        """Maps of the `wanted` blocks; stream, branch and layout behind the last of them, or behind all if `whole`."""
+        """Maps of the `wanted` blocks; stream, branch and layout behind the last of them, or behind all if `whole` or none."""
         x, layout, size = self.embed(x)
         branch, maps = None, {}
-        for i in range(len(self.stages) if whole else max(wanted) + 1):
+        for i in range(max(wanted) + 1 if wanted and not whole else len(self.stages)):
             x, branch = self.run_block(i, x, branch, layout)
             if i in wanted:
                 source = self.source_of(i)
@@ -238,7 +238,7 @@ class PlainBackbone(Backbone):
 
         A map, (B, C, H', W'), or the sequence (B, T, C) of a model with class tokens.
         """
-        return self._features(*self._walk(x, (), whole=True)[1])
+        return self._features(*self._walk(x, ())[1])
 
     def _features(self, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None) -> torch.Tensor:
         features = add_norm(self.norm, x, *(branch or ()))[1]
