@@ -9,7 +9,7 @@ Norms, activations, additions, pooling, resizing and the copies along routes hav
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -136,21 +136,31 @@ class _Counter(FlopCounterMode):
             self.flop_registry.pop(operator, None)
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
-        tally, name = self.tally, str(func_packet).replace(".", "::", 1)
+        tally = self.tally
         if func_packet in self.flop_registry and not tally.hidden[-1]:
+            name = _name(func_packet)
             tally.flops[tally.stack[-1]][name] += self.flop_registry[func_packet](*args, **kwargs, out_val=out)
             tally.calls[name] += 1
-        elif not _is_free(func_packet, out):
-            tally.uncounted[name] += 1
+        elif _holds_numbers(out) and not _is_free(func_packet):
+            tally.uncounted[_name(func_packet)] += 1
         return out
 
 
-def _is_free(packet: Any, out: Any) -> bool:
-    """Whether an operator computes no number of a map: it makes a view, an index, or nothing."""
-    if packet.__name__ in _FREE or any(getattr(packet, overload).is_view for overload in packet.overloads()):
-        return True
+@cache
+def _name(packet: Any) -> str:
+    return str(packet).replace(".", "::", 1)
+
+
+@cache
+def _is_free(packet: Any) -> bool:
+    """Whether an operator makes a view or nothing."""
+    return packet.__name__ in _FREE or any(getattr(packet, overload).is_view for overload in packet.overloads())
+
+
+def _holds_numbers(out: Any) -> bool:
+    """Whether there is more in an output than indices."""
     outputs = out if isinstance(out, (tuple, list)) else [out]
-    return not any(isinstance(output, torch.Tensor) and output.is_floating_point() for output in outputs)
+    return any(isinstance(output, torch.Tensor) and output.is_floating_point() for output in outputs)
 
 
 def count_operations(
