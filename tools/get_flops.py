@@ -11,6 +11,7 @@ from typing import Any
 from vision_ssm.analysis.macs_report import report_model
 from vision_ssm.engine.config import UsageError
 from vision_ssm.engine.console import BUILDING, clear_errors, command_parser, wide_console
+from vision_ssm.factory import list_unets
 
 
 def _scan(text: str) -> str | dict[str, Any]:
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = dict(in_chans=args.in_chans, num_classes=args.num_classes, scan=args.scan)
         overrides = {key: value for key, value in chosen.items() if value is not None}
         if args.features_only:
+            if args.model in list_unets():
+                raise UsageError(
+                    f"{args.model} is a U-Net: it has no dense backbone of its own, leave --features-only out"
+                )
             overrides["features_only"] = True
         size = None if args.size is None else (args.size[0], args.size[-1])
         report = report_model(args.model, size, scan_formula=args.scan_formula, **overrides)

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml  # type: ignore[import-untyped]
 
 from ..backbones.family import ModelFamily
@@ -48,11 +47,9 @@ def describe_variants(family: str) -> list[dict[str, Any]]:
 
 
 def _describe(cls: type[ModelFamily], name: str) -> dict[str, Any]:
-    with torch.device("meta"):
-        cfg = create_model(name).pretrained_cfg
-    size = tuple(cfg["input_size"][1:])
-    count = count_operations(partial(create_model, name), size)
-    entry = dict(name=name, parameters=count.parameters, macs=count.macs, input=_plain(cfg["input_size"]))
+    image = {**cls.default_cfg, **cls.published.get(name, {})}["input_size"]
+    count = count_operations(partial(create_model, name), tuple(image[1:]))
+    entry = dict(name=name, parameters=count.parameters, macs=count.macs, input=_plain(image))
     known = {key: _plain(value) for key, value in cls.published.get(name, {}).items() if value not in ((), [], None)}
     return {**entry, **{key: value for key, value in known.items() if key not in _PREPROCESSING}}
 

@@ -8,6 +8,7 @@ Norms, activations, additions, pooling, resizing and the copies along routes hav
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import flops
@@ -30,6 +32,7 @@ CONVENTION = (
     "multiply-accumulates (MACs) of one forward pass for one image: one, which is two FLOPs, for each of a matrix"
     " product or convolution"
 )
+_SETTERS = frozenset(("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"))
 _FREE = ("empty", "_unsafe_view", "lift_fresh")  # nothing is computed
 
 
@@ -132,6 +135,7 @@ class _Counter(FlopCounterMode):
     def __init__(self, tally: _Tally, mapping: dict[Any, Callable[..., int]], without: set[Any]):
         super().__init__(display=False, custom_mapping=mapping)
         self.tally = tally
+        self.mod_tracker: Any = nullcontext()  # `tally` knows the module, and knows it faster
         for operator in without:
             self.flop_registry.pop(operator, None)
 
@@ -163,6 +167,15 @@ def _holds_numbers(out: Any) -> bool:
     return any(isinstance(output, torch.Tensor) and output.is_floating_point() for output in outputs)
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what only sets values, which initialisation on the meta device spends its time on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _SETTERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def count_operations(
     build: Callable[[], nn.Module],
     size: int | tuple[int, int] = 224,
@@ -186,7 +199,7 @@ def count_operations(
     operators, recurrence = torch.ops.vision_ssm, scan_formula == "9BLDN"
     mapping = {getattr(operators, name): _scan_flops(*parts, recurrence) for name, parts in _SCANS.items()}
     tally = _Tally(RouteCore if scan_formula == "modules" else None)
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutValues():
         model = build().eval()
     tally.watch(model)
     counter = _Counter(tally, mapping, {getattr(operators, name) for name in _WITHOUT_FORMULA})
