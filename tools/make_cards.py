@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vision_ssm.analysis.cards import card_families, draw_figures, figure_is_current, fill_card
-from vision_ssm.analysis.route_figures import routes_of
+from vision_ssm.analysis.cards import card_families, draw_figure, figure_is_current, fill_card
+from vision_ssm.analysis.route_figures import figures_of
 from vision_ssm.registry import suggest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,17 +37,17 @@ def main(argv: Sequence[str] | None = None, cards: Path = ROOT / "model_cards") 
             parser.error(f"{path} is missing: write its text, with the marks of another card in it, and run this again")
         before = path.read_text()
         after = fill_card(family, before, ROOT / "configs")
-        names = {key: cards / "figures" / f"{key}.png" for key in routes_of(family)}
-        old = [key for key, file in names.items() if not figure_is_current(key, file)]
+        pictures = {cards / "figures" / f"{key}.png": figure for key, figure in figures_of(before).items()}
+        old = [file for file, figure in pictures.items() if not figure_is_current(figure, file)]
         if arguments.check:
             lines = difflib.unified_diff(before.splitlines(), after.splitlines(), str(path), "generated", lineterm="")
-            print(*lines, *(f"{names[key]} is missing or shows something else" for key in old), sep="\n", end="")
+            print(*lines, *(f"{file} is missing or shows something else" for file in old), sep="\n", end="")
             stale += before != after or bool(old)
             continue
         path.write_text(after)
-        for key, picture in draw_figures(old).items():
-            names[key].parent.mkdir(exist_ok=True)
-            names[key].write_bytes(picture)
+        for file in old:
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(draw_figure(pictures[file]))
     if stale:
         print(f"\n{stale} model cards are out of date: run tools/make_cards.py")
     return int(stale > 0)

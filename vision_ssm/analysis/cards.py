@@ -3,7 +3,7 @@
 import io
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..registry import suggest
 from .macs import count_operations
 from .marked import fill_marked, markdown_table, short_size
 from .reported import Comparison
-from .route_figures import FIGURES, routes_of
+from .route_figures import RouteFigure, figures_of
 
 SECTIONS = (
     *("Models", "Idea", "Routes", "Use", "Recipes", "Paper and code", "MACs", "Limits", "Speed", "Citation", "Licence"),
@@ -142,8 +142,8 @@ def transform_line(family: str) -> str:
             cfg = {**cls.default_cfg, **cls.published.get(name, {})}
             if "mean" not in cfg:
                 return (
-                    "Images are prepared as the config of the data set says; height and width are padded to a multiple"
-                    " of the coarsest stride inside the model, and scores cropped."
+                    "Images are prepared as the config of the data set says. Height and width are padded inside the"
+                    " model to a\nmultiple of the coarsest stride, and scores cropped."
                 )
             key = (round(cfg["crop_pct"], 3), cfg["interpolation"], cfg["mean"], cfg["std"])
             groups.setdefault(key, []).append(name)
@@ -154,7 +154,7 @@ def transform_line(family: str) -> str:
             f"{who}shorter side resized to input / {crop} ({interpolation}), centre crop, RGB in [0, 1],"
             f" mean {', '.join(map(str, mean))}, standard deviation {', '.join(map(str, std))}."
         )
-    return "Input: " + "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines) if len(lines) > 1 else f"Input: {lines[0]}"
 
 
 def recipe_list(family: str, configs: Path) -> str:
@@ -174,49 +174,45 @@ def recipe_list(family: str, configs: Path) -> str:
     return "\n".join(f"- {task}: {', '.join(links)}" for task, links in by_task.items())
 
 
-def route_pictures(family: str) -> str:
-    """The pictures of a family's routes."""
-    return "\n\n".join(f"![{figure.caption}](figures/{key}.png)" for key, figure in routes_of(family).items())
+def route_pictures(page: str) -> str:
+    """The pictures that a card asks for."""
+    return "\n\n".join(f"![{figure.caption}](figures/{key}.png)" for key, figure in figures_of(page).items())
 
 
 def fill_card(family: str, page: str, configs: Path) -> str:
     """`page` with its front matter and its generated parts made anew.
 
     Raises:
-        KeyError: no such family, or a mark that nothing generates.
+        KeyError: no such family, or a mark or picture that nothing makes.
     """
     variants = describe_variants(family)
     parts = {
         "variants": partial(variant_table, variants),
         "input": partial(transform_line, family),
-        "routes": partial(route_pictures, family),
+        "routes": partial(route_pictures, page),
         "recipes": partial(recipe_list, family, configs),
     }
     return front_matter(family, variants) + fill_marked(read_card(page)[1], parts)
 
 
-def draw_figures(keys: Iterable[str]) -> dict[str, bytes]:
-    """PNG pictures by name, small, each with what it shows in its description."""
+def draw_figure(figure: RouteFigure) -> bytes:
+    """A small PNG picture, with what it shows in its description."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    pictures = {}
-    for key in keys:
-        buffer = io.BytesIO()
-        FIGURES[key].draw().savefig(buffer, format="png", dpi=100)
-        picture = Image.open(buffer).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
-        note, out = PngInfo(), io.BytesIO()
-        note.add_text("Description", FIGURES[key].description)
-        picture.save(out, format="png", optimize=True, pnginfo=note)
-        pictures[key] = out.getvalue()
-    return pictures
+    buffer, note, out = io.BytesIO(), PngInfo(), io.BytesIO()
+    figure.draw().savefig(buffer, format="png", dpi=100)
+    note.add_text("Description", figure.description)
+    picture = Image.open(buffer).convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE)
+    picture.save(out, format="png", optimize=True, pnginfo=note)
+    return out.getvalue()
 
 
-def figure_is_current(key: str, path: Path) -> bool:
+def figure_is_current(figure: RouteFigure, path: Path) -> bool:
     """Whether a picture is there and shows what its description says it should."""
     from PIL import Image
 
     if not path.is_file():
         return False
     with Image.open(path) as picture:
-        return picture.info.get("Description") == FIGURES[key].description
+        return picture.info.get("Description") == figure.description

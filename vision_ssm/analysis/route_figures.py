@@ -1,10 +1,12 @@
 """Pictures of the routes that families scan along."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..scans import build_routes
+from ..registry import suggest
+from ..scans import build_routes, describe_routes, list_routes
 from ..scans.windowed import DirectionRoutes
 
 if TYPE_CHECKING:
@@ -64,17 +66,13 @@ def draw_orientations(height: int, width: int) -> "Figure":
 
 
 FIGURES: dict[str, RouteFigure] = {
-    "atrous": RouteFigure("four routes, each over every second row and column", "atrous"),
     "bidirectional": RouteFigure("the raster and its reverse", dict(type="bidirectional", repeats=1)),
-    "cross": RouteFigure("rows, columns, and both reversed", "cross"),
     "grid_edges": RouteFigure("edges of a grid in four orientations", draw_orientations, (4, 5)),
     "heads": RouteFigure(
         "snakes, diagonals, spirals and rasters, each there and back",
         ["snake_pair", "diagonal_pair", "spiral_pair", "raster_pair"],
     ),
-    "raster": RouteFigure("the raster", "raster"),
     "raster_and_reverse": RouteFigure("the raster, and the raster from its end", ["raster", "reversed"]),
-    "snake": RouteFigure("rows and columns to and fro, and both reversed", "snake"),
     "two_scales": RouteFigure(
         "the raster, the reversed raster, columns, and reversed columns",
         ["raster", "reversed", "column", _REVERSED_COLUMN],
@@ -85,30 +83,19 @@ FIGURES: dict[str, RouteFigure] = {
         (14, 14),
     ),
 }
-"""The pictures of the model cards."""
-
-_FAMILIES: dict[str, tuple[str, ...]] = {
-    "adventurer": ("raster_and_reverse",),
-    "efficientvim": (),
-    "efficientvmamba": ("atrous",),
-    "groupmamba": ("cross",),
-    "hrvmamba": ("cross",),
-    "lbvim": ("raster_and_reverse",),
-    "localmamba": ("windows",),
-    "mhsvm": ("heads",),
-    "msvmamba": ("two_scales",),
-    "msvmunet": ("cross",),
-    "plainmamba": ("snake",),
-    "plstm": ("grid_edges",),
-    "spatialmamba": ("raster",),
-    "vcmamba": ("snake",),
-    "vim": ("bidirectional",),
-    "vmamba": ("cross",),
-    "vmunet": ("cross",),
-    "vssd": (),
-}
+"""The pictures of the model cards that are not one family of routes as it is."""
 
 
-def routes_of(family: str) -> dict[str, RouteFigure]:
-    """The pictures of a family, by name; none of one that walks no route."""
-    return {key: FIGURES[key] for key in _FAMILIES[family]}
+def find_figure(key: str) -> RouteFigure:
+    """A picture of `FIGURES`, or of a family of routes by its name; `KeyError` with suggestions if there is none."""
+    if key in FIGURES:
+        return FIGURES[key]
+    if key not in list_routes():
+        raise KeyError(f"unknown picture {key!r} of routes.{suggest(key, [*FIGURES, *list_routes()])}")
+    return RouteFigure(describe_routes(key), key)
+
+
+def figures_of(page: str) -> dict[str, RouteFigure]:
+    """The pictures that a card asks for, ``<!-- figures NAME ... -->``, by name; none where it walks no route."""
+    match = re.search(r"<!-- figures ([\w ]+) -->", page)
+    return {key: find_figure(key) for key in match[1].split()} if match else {}
