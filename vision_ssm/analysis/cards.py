@@ -135,26 +135,26 @@ def _weights(entry: dict[str, Any]) -> str:
 
 
 def transform_line(family: str) -> str:
-    """How images are prepared for a family's weights, in words."""
-    groups: dict[tuple, list[str]] = {}
+    """How images are prepared for a family's weights, in words; those of dense models are prepared by their configs."""
+    classifiers: dict[str, list[str]] = {}
     for cls in card_families()[family]:
-        for name in cls.variants:
+        for name, settings in cls.variants.items():
             cfg = {**cls.default_cfg, **cls.published.get(name, {})}
             if "mean" not in cfg:
                 return (
                     "Images are prepared as the config of the data set says. Height and width are padded inside the"
                     " model to a\nmultiple of the coarsest stride, and scores cropped."
                 )
-            key = (round(cfg["crop_pct"], 3), cfg["interpolation"], cfg["mean"], cfg["std"])
-            groups.setdefault(key, []).append(name)
-    lines = []
-    for (crop, interpolation, mean, std), names in groups.items():
-        who = "" if len(groups) == 1 else ", ".join(f"`{name}`" for name in names) + ": "
-        lines.append(
-            f"{who}shorter side resized to input / {crop} ({interpolation}), centre crop, RGB in [0, 1],"
-            f" mean {', '.join(map(str, mean))}, standard deviation {', '.join(map(str, std))}."
-        )
-    return "\n".join(f"- {line}" for line in lines) if len(lines) > 1 else f"Input: {lines[0]}"
+            if not settings.get("features_only") and not name.endswith("_micro"):
+                mean, deviation = (", ".join(map(str, cfg[key])) for key in ("mean", "std"))
+                line = (
+                    f"shorter side resized to input / {cfg['crop_pct']:.3g} ({cfg['interpolation']}), centre crop,"
+                    f" RGB in [0, 1], mean {mean}, standard deviation {deviation}."
+                )
+                classifiers.setdefault(line, []).append(f"`{name}`")
+    if len(classifiers) == 1:
+        return f"Input: {next(iter(classifiers))}"
+    return "\n".join(f"- {', '.join(names)}: {line}" for line, names in classifiers.items())
 
 
 def recipe_list(family: str, configs: Path) -> str:
