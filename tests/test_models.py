@@ -60,7 +60,12 @@ def test_published_parameter_count(name):
     assert model.variant == name
 
 
-@pytest.mark.parametrize("name", REPORTED_GMACS)
+# of every family that has a figure the smallest; tests/test_cards.py compares what the cards say of all, and the linter's
+# step of the build counts those anew
+SMALLEST = {find_family(name).family: name for name in sorted(vision_ssm.list_models(), key=lambda n: -REPORTED_GMACS.get(n, 0)) if name in REPORTED_GMACS}
+
+
+@pytest.mark.parametrize("name", SMALLEST.values())
 def test_macs_are_the_reported_ones(name):
     """Where a paper counts as we do, within 2 percent and its rounding; elsewhere there is a reason, and a need of it."""
     with torch.device("meta"):
