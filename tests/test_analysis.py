@@ -160,7 +160,7 @@ def test_machine_and_versions_are_described():
     assert describe_versions()["torch"] == torch.__version__
 
 
-@pytest.mark.slow  # builds every model; the linter's step of the build runs the tool itself
+@pytest.mark.slow  # builds every pair of model and scan; the linter's step of the build runs the tool itself
 def test_readme_tables_are_up_to_date(monkeypatch, capsys):
     assert run_tool(monkeypatch, "tools/update_readme.py", "--check") == 0
 
@@ -172,11 +172,11 @@ def test_readme_names_everything():
 
 def test_tables_replace_only_what_is_marked():
     page = "before\n<!-- table scans -->\nstale\n<!-- end -->\nafter\n"
-    filled = fill_tables(page)
+    filled = fill_tables(page, ROOT)
     assert filled.startswith("before\n<!-- table scans -->\n| scan |") and filled.endswith("<!-- end -->\nafter\n")
-    assert "stale" not in filled and fill_tables(filled) == filled
+    assert "stale" not in filled and fill_tables(filled, ROOT) == filled
     with pytest.raises(KeyError, match="nothing"):
-        fill_tables("<!-- table nothing -->\n<!-- end -->")
+        fill_tables("<!-- table nothing -->\n<!-- end -->", ROOT)
 
 
 def test_short_names_of_kernels():

@@ -12,6 +12,7 @@ from timm.optim import param_groups_layer_decay
 
 import vision_ssm
 from vision_ssm.analysis import count_macs
+from vision_ssm.analysis.reported import COUNTED_OTHERWISE, REPORTED_GMACS, agrees
 from vision_ssm.backbones.plain import PlainBackbone
 from vision_ssm.factory import families, find_family
 from vision_ssm.layers import RMSNorm
@@ -59,17 +60,18 @@ def test_published_parameter_count(name):
     assert model.variant == name
 
 
-REPORTED_MACS = [(name, macs) for family in EXPECTED.values() for name, macs in family.get("gmacs", {}).items()]
+# of every family that has a figure the smallest; tests/test_cards.py compares what the cards say of all, and the linter's
+# step of the build counts those anew
+SMALLEST = {find_family(name).family: name for name in sorted(vision_ssm.list_models(), key=lambda n: -REPORTED_GMACS.get(n, 0)) if name in REPORTED_GMACS}
 
 
-@pytest.mark.parametrize("name,reported", REPORTED_MACS, ids=[name for name, _ in REPORTED_MACS])
-def test_macs_are_the_reported_ones(name, reported):
-    """Where a paper counts as we do, within 2 percent and its rounding."""
+@pytest.mark.parametrize("name", SMALLEST.values())
+def test_macs_are_the_reported_ones(name):
+    """Where a paper counts as we do, within 2 percent and its rounding; elsewhere there is a reason, and a need of it."""
     with torch.device("meta"):
         size = vision_ssm.create_model(name).pretrained_cfg["input_size"][1:]
-    counted = count_macs(partial(vision_ssm.create_model, name), size) / 1e9
-    digits = len(str(reported).split(".")[1]) if "." in str(reported) else 0
-    assert abs(counted - reported) <= 0.02 * reported + 0.5 * 10**-digits
+    counted = count_macs(partial(vision_ssm.create_model, name), size)
+    assert agrees(REPORTED_GMACS[name], counted) == (name not in COUNTED_OTHERWISE)
 
 
 @pytest.mark.parametrize("name", MICRO)

@@ -2,6 +2,8 @@
 
     python tools/update_readme.py
     python tools/update_readme.py --check
+
+The models are those of the model cards, which tools/make_cards.py counts: run that first.
 """
 
 import argparse
@@ -10,7 +12,8 @@ from pathlib import Path
 
 from vision_ssm.analysis import fill_tables
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     arguments = parser.parse_args(argv)
     before = README.read_text()
-    after = fill_tables(before)
+    after = fill_tables(before, ROOT / "model_cards")
     if arguments.check:
         if before != after:
             print("README.md has tables that the registry no longer agrees with: run tools/update_readme.py")

@@ -2,7 +2,7 @@
 
 from .benchmark import Measurement, ModelSettings, benchmark_models
 from .benchmark_ops import CASES, OperatorMeasurement, OperatorSettings, benchmark_operator, find_cases
-from .macs import count_macs
+from .macs import Count, count_macs, count_operations
 from .sweep import Point, sweep_models, sweep_operators
 from .tables import fill_tables
 from .timing import BenchmarkError, Timing, copy_bandwidth, describe_machine
@@ -10,6 +10,7 @@ from .timing import BenchmarkError, Timing, copy_bandwidth, describe_machine
 __all__ = [
     "CASES",
     "BenchmarkError",
+    "Count",
     "Measurement",
     "ModelSettings",
     "OperatorMeasurement",
@@ -20,6 +21,7 @@ __all__ = [
     "benchmark_operator",
     "copy_bandwidth",
     "count_macs",
+    "count_operations",
     "describe_machine",
     "fill_tables",
     "find_cases",

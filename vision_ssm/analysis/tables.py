@@ -1,51 +1,48 @@
 """Markdown tables made from the registries, so that no page can disagree with the code."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..backbones.base import Backbone
-from ..factory import create_model, find_family, list_models
+from ..factory import create_model, families, find_family, list_models
 from ..registry import SCANS
 from ..scans import build_routes, describe_routes, describe_scan, list_routes, list_scans
-from .macs import count_macs
+from .cards import read_card
+from .marked import fill_marked, markdown_table, short_size
 
 
-def _table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (headings, ("---",) * len(headings), *rows)]
-    return "\n".join(lines)
+def model_table(cards: Path) -> str:
+    """Every variant: input size, parameters, multiply-accumulates, the reported top-1, and where its weights are.
 
+    All of it stands in the front matter of the model cards, in the folder `cards`, and is counted there alone.
 
-def _size(count: int) -> str:
-    for unit, letter in ((1e9, "G"), (1e6, "M")):
-        if count >= unit:
-            return f"{count / unit:.1f} {letter}"
-    return f"{count / 1e3:.0f} k"
-
-
-def model_table() -> str:
-    """Every variant: input size, parameters, multiply-accumulates, the reported top-1, and where its weights are."""
+    Raises:
+        KeyError: a model that its card does not know yet.
+    """
+    known = {}
+    for family in families():
+        path = cards / f"{family}.md"
+        entries = read_card(path.read_text())[0].get("variants", []) if path.is_file() else []
+        known.update({entry["name"]: (family, entry) for entry in entries})
     rows = []
     for name in list_models():
-        with torch.device("meta"):
-            model = create_model(name)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        published = find_family(name).published.get(name, {})
-        file = published.get("file", "download page")
-        weights = f"[{file}]({published['url']})" if "url" in published else "none published"
-        top1 = str(published.get("top1_reported", "-"))
-        height, width = model.pretrained_cfg["input_size"][1:]
+        if name not in known:
+            raise KeyError(f"no card in {cards} knows {name}: run tools/make_cards.py {find_family(name).family}")
+        family, entry = known[name]
+        weights = f"[{entry.get('file', 'download page')}]({entry['url']})" if "url" in entry else "none published"
+        height, width = entry["input"][1:]
         side = str(height) if height == width else f"{height} x {width}"
-        macs = count_macs(partial(create_model, name), (height, width))
-        rows.append((f"`{name}`", model.family, side, _size(parameters), _size(macs), top1, weights))
+        counts = (short_size(entry["parameters"]), short_size(entry["macs"]))
+        rows.append((f"`{name}`", family, side, *counts, str(entry.get("top1_reported", "-")), weights))
     headings = (
         *("model", "family", "input size", "parameters", "MACs"),
         *("ImageNet top-1, reported by the paper", "official weights"),
     )
-    return _table(headings, rows)
+    return markdown_table(headings, rows)
 
 
 def _strategies(model: Backbone) -> set[type]:
@@ -77,13 +74,13 @@ def pair_table() -> str:
             else:
                 cells.append("yes")
         rows.append((f"`{name}`", *cells))
-    table = _table(("model", *(f"`{scan}`" for scan in scans)), rows)
+    table = markdown_table(("model", *(f"`{scan}`" for scan in scans)), rows)
     return "\n\n".join([table, *refused])
 
 
 def scan_table() -> str:
     """Every scan strategy with the first line of its documentation."""
-    return _table(("scan", "what it is"), [(f"`{name}`", describe_scan(name)) for name in list_scans()])
+    return markdown_table(("scan", "what it is"), [(f"`{name}`", describe_scan(name)) for name in list_scans()])
 
 
 def route_table() -> str:
@@ -92,25 +89,22 @@ def route_table() -> str:
     for name in list_routes():
         count = "any" if name == "compose" else str(build_routes(name).num_routes)
         rows.append((f"`{name}`", count, describe_routes(name)))
-    return _table(("routes", "number", "what they are"), rows)
+    return markdown_table(("routes", "number", "what they are"), rows)
 
 
 _TABLES: dict[str, Callable[[], str]] = {
-    "models": model_table,
     "scans": scan_table,
     "routes": route_table,
     "pairs": pair_table,
 }
 
 
-def fill_tables(page: str) -> str:
+def fill_tables(page: str, cards: Path) -> str:
     """`page` with what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` replaced by that table.
+
+    `cards` is the folder of the model cards.
 
     Raises:
         KeyError: a table that nothing generates.
     """
-
-    def table(match: re.Match) -> str:
-        return f"{match[1]}\n{_TABLES[match[2]]()}\n{match[3]}"
-
-    return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
+    return fill_marked(page, {**_TABLES, "models": partial(model_table, cards)})
