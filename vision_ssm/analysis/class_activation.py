@@ -87,7 +87,9 @@ def maps_and_gradients(model: Backbone, image: Tensor, stage: int, label: int | 
     return parts[0], parts[1], logits.detach().cpu()
 
 
-def grad_cam(model: nn.Module, image: Tensor, label: int | None = None, stage: int | None = None) -> tuple[Tensor, Tensor]:
+def grad_cam(
+    model: nn.Module, image: Tensor, label: int | None = None, stage: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Grad-CAM of a class: the map of a stage, its channels weighted by their mean gradient, and the positive part.
 
     Args:

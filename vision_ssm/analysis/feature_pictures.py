@@ -97,13 +97,14 @@ def _stage_of(name: str) -> str:
 def tile(kernels: Tensor, most: int = 64) -> np.ndarray:
     """Kernels (n, C, h, w) side by side, at most `most`, as one picture, (H, W) or (H, W, 3) in 0 .. 1.
 
-    Each kernel is scaled by itself about its zero, which is 1/2; gaps are 1.
+    Each kernel is scaled by itself about its zero, which is 1/2; gaps are 1 in colour pictures and NaN in others.
     """
     kernels = kernels[:most]
     count, channels, height, width = kernels.shape
     columns = int(np.ceil(np.sqrt(count * height / width)))
     rows = -(-count // columns)
-    sheet = torch.ones(channels, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP)
+    sheet = torch.full((channels, 1, 1), 1.0 if channels == 3 else torch.nan)
+    sheet = sheet.repeat(1, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP)
     for number, kernel in enumerate(kernels):
         y, x = number // columns * (height + _GAP), number % columns * (width + _GAP)
         sheet[:, y : y + height, x : x + width] = 0.5 + 0.5 * kernel / kernel.abs().max().clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""What the pictures of this folder share: figures without a display, heat maps, and a check of the place to write to."""
+"""What the pictures of this folder share: figures without a display, heat maps, a check of where to write."""
 
 import os
 import tempfile
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,7 +37,8 @@ def check_output(path: str | os.PathLike, endings: Sequence[str] = (".png",)) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise VisualizeError(f"cannot write {path}: {error.strerror or error}; choose another place with --out") from None
+        reason = error.strerror or error
+        raise VisualizeError(f"cannot write {path}: {reason}; choose another place with --out") from None
     return path
 
 
@@ -49,8 +49,9 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str)
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
-    wide = max(columns * width + 0.3, 0.09 * len(title))
-    figure = Figure(figsize=(wide, rows * (height + 0.3) + 0.5), layout=layout, facecolor="white")
+    lines = title.splitlines()
+    wide = max(columns * width + 0.3, 0.085 * max(map(len, lines)))
+    figure = Figure(figsize=(wide, rows * (height + 0.35) + 0.2 + 0.2 * len(lines)), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -72,12 +73,8 @@ def show(axis: "Axes", picture: np.ndarray, title: str = "", **options: Any) -> 
 
 
 def save(figure: "Figure", path: str | os.PathLike, dpi: int = 110) -> None:
-    """Write a figure as png with a palette, which is a third of the size."""
-    figure.set_dpi(dpi)
-    canvas: Any = figure.canvas
-    canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    """Write a figure as png."""
+    figure.savefig(path, dpi=dpi, pil_kwargs=dict(optimize=True))
 
 
 def scaled(values: Tensor) -> Tensor:

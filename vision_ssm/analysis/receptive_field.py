@@ -99,7 +99,7 @@ def covered_areas(field: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> li
     height, width = field.shape
     rows = (torch.arange(height) - height // 2).abs()[:, None]
     columns = (torch.arange(width) - width // 2).abs()
-    ring = torch.maximum(rows, columns).expand(height, width)  # (H, W): half the side of the square that reaches a pixel
+    ring = torch.maximum(rows, columns)  # (H, W): half the side of the square that reaches a pixel
     inside = torch.bincount(ring.flatten(), field.double().flatten()).cumsum(0)
     pixels = torch.bincount(ring.flatten()).cumsum(0)
     areas = []
@@ -117,10 +117,14 @@ def draw_fields(fields: Sequence[tuple[str, Tensor]], path: Any, title: str) -> 
     for axis, (name, field) in zip(axes[0], fields, strict=True):
         # brightness is log10(1 + gradient), of gradients scaled so that their mean is 1
         values = torch.log10(1 + field * field.numel())
-        areas = ", ".join(f"{100 * area.threshold:g} %: {100 * area.ratio:.1f} %" for area in covered_areas(field))
-        show(axis, (values / values.max().clamp_min(1e-12)).numpy(), f"{name}\narea with {areas}", cmap="YlGn_r", vmin=0)
-        axis.title.set_fontsize(7)
+        shown = (values / values.max().clamp_min(1e-12)).numpy()
+        show(axis, shown, f"{name}\n{describe_areas(field, THRESHOLDS[1:])}", cmap="YlGn_r", vmin=0, vmax=1)
     save(figure, path)
+
+
+def describe_areas(field: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> str:
+    """The areas of a receptive field in words: of each share of it, the share of the image that holds it."""
+    return ", ".join(f"{100 * a.threshold:g} % in {100 * a.ratio:.1f} %" for a in covered_areas(field, thresholds))
 
 
 def field_record(field: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:

@@ -6,6 +6,7 @@ patches; with softmax attention the corresponding picture would be a row of the 
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import suggest
+from ..scans.hidden_state import HiddenStateMixer
 from ..scans.sequence import SequenceScan, TokenLayout
 from .pictures import VisualizeError
 
+_MOST_DECADES = 8
 _MOST_ELEMENTS = 2**22  # of the copies of the input for which one backward pass is made
 
 
 def named_mixers(model: nn.Module) -> dict[str, nn.Module]:
-    """Blocks with a token mixer by their names, in order."""
-    blocks = {name: module for name, module in model.named_modules() if isinstance(getattr(module, "mixer", None), nn.Module)}
-    # a pair of blocks answers with the mixer of its first
-    mixers = {name: block.mixer for name, block in blocks.items() if "mixer" in block._modules}
-    return {name: mixer for name, mixer in mixers.items() if isinstance(mixer, nn.Module)}
+    """Token mixers by the names of their blocks, in order."""
+    # modules of their own only: a pair of blocks answers with the mixer of its first
+    owned = ((name, module._modules.get("mixer")) for name, module in model.named_modules())
+    return {name: mixer for name, mixer in owned if mixer is not None}
 
 
 def find_mixer(model: nn.Module, block: str | None) -> tuple[str, nn.Module]:
@@ -38,7 +40,8 @@ def find_mixer(model: nn.Module, block: str | None) -> tuple[str, nn.Module]:
         raise VisualizeError(f"{getattr(model, 'variant', None) or type(model).__name__} has no token mixer")
     name = list(mixers)[len(mixers) // 2] if block is None else block
     if name not in mixers:
-        raise VisualizeError(f"no block {name!r} with a token mixer.{suggest(name, mixers, 5) or ' Blocks: ' + ', '.join(mixers)}")
+        hint = suggest(name, mixers, 5) or f" They go from {next(iter(mixers))} to {list(mixers)[-1]}."
+        raise VisualizeError(f"no block {name!r} with a token mixer.{hint}")
     return name, mixers[name]
 
 
@@ -46,7 +49,8 @@ def find_mixer(model: nn.Module, block: str | None) -> tuple[str, nn.Module]:
 def _calls_of(mixer: nn.Module) -> Iterator[dict[str, Any]]:
     """What a mixer is given, under ``tokens`` and ``layout``, whichever of its methods a block calls."""
     seen: dict[str, Any] = {}
-    method = "scan_tokens" if isinstance(mixer, SequenceScan) else "mix" if hasattr(mixer, "hidden_in_weight") else "forward"
+    forms = ((SequenceScan, "scan_tokens"), (HiddenStateMixer, "mix"))
+    method = next((name for cls, name in forms if isinstance(mixer, cls)), "forward")
     original: Callable = getattr(mixer, method)
 
     def watched(x: Tensor, *arguments: Any) -> Any:
@@ -71,7 +75,9 @@ def mixer_input(model: nn.Module, mixer: nn.Module, image: Tensor) -> tuple[Tens
     return seen["tokens"], seen["layout"]
 
 
-def query_weights(mixer: nn.Module, x: Tensor, query: tuple[int, int], layout: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
+def query_weights(
+    mixer: nn.Module, x: Tensor, query: tuple[int, int], layout: TokenLayout | None = None
+) -> tuple[Tensor, Tensor]:
     """How strongly the output of one cell depends on every input.
 
     Args:
@@ -106,6 +112,17 @@ def query_weights(mixer: nn.Module, x: Tensor, query: tuple[int, int], layout: T
         squares += gradient.reshape(len(wanted), -1, channels).double().square().sum(dim=(0, 2))
     cells, class_tokens = sequence.split(squares.sqrt().cpu()[None, :, None])
     return cells.view(height, width), class_tokens.flatten()
+
+
+def on_decades(weights: Tensor) -> tuple[Tensor, int]:
+    """Weights on a logarithmic scale: the largest is 1, and 0 is so many powers of ten below it or less.
+
+    Returns the values and these powers: as few as hold 19 of 20 weights that are not 0, at most `_MOST_DECADES`.
+    """
+    share = weights / weights.max().clamp_min(1e-30)
+    low = share[share > 0].quantile(0.05) if share.any() else torch.ones(())
+    decades = min(max(math.ceil(-float(low.log10())), 1), _MOST_DECADES)
+    return 1 + share.clamp_min(10.0**-decades).log10() / decades, decades
 
 
 def cell_of(query: tuple[float, float], height: int, width: int) -> tuple[int, int]:
