@@ -268,8 +268,8 @@ def test_attention_of_every_kind_of_block(photo):
 
 
 def test_scale_holds_nearly_all_weights():
-    values, decades = on_decades(torch.tensor([1.0, 1e-2, 2e-4, 0.0]))
-    assert decades == 4 and values[0] == 1 and values[1] == pytest.approx(0.5) and values[3] == 0
+    values, decades = on_decades(torch.cat([10 ** -torch.linspace(0, 4, 41), torch.zeros(9)]))
+    assert decades == 4 and values[0] == 1 and values[20] == pytest.approx(0.5) and (values[41:] == 0).all()
     assert on_decades(torch.zeros(3))[1] == 1
 
 

@@ -56,6 +56,7 @@ def new_figure(rows: int, columns: int, width: float, height: float, title: str)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, color=INK)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
         axis.set_axis_off()
     return figure, axes
 
