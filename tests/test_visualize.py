@@ -321,7 +321,7 @@ def test_every_subcommand_draws_backbones(name, photo, tmp_path, capsys):
     record = json.loads((tmp_path / "erf.json").read_text())
     areas = record["fields"]["random weights"]["areas"]
     assert [area["threshold"] for area in areas] == [0.2, 0.3, 0.5, 0.99]
-    assert all(0 < area["ratio"] <= 1 for area in areas) and record["images"] == "1 images of noise"
+    assert all(0 < area["ratio"] <= 1 for area in areas) and record["images"] == "1 image of noise"
     assert draws(capsys, "filters", name, "--out", tmp_path / "f.png") == [str(tmp_path / "f.png")]
 
 
@@ -334,7 +334,7 @@ def test_unets_have_maps_scores_and_mixers_but_no_classes(photo, tmp_path, capsy
         assert draws(capsys, command, "vmunet_micro", *arguments, *size, "--out", out)
         assert out.exists()
     record = json.loads((tmp_path / "erf.json").read_text())
-    assert record["stage"] is None and record["images"] == "1 images"
+    assert record["stage"] is None and record["images"] == "1 image"
     message = fails(capsys, "cam", "vmunet_micro", photo, "--out", tmp_path / "c.png")
     assert "vmunet_micro has no classifier, so no class to explain" in message
 

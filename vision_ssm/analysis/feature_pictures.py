@@ -112,7 +112,7 @@ def tile(kernels: Tensor, most: int = 64) -> np.ndarray:
     return picture if channels == 3 else picture[..., 0]
 
 
-def draw_kernels(layers: Sequence[tuple[str, Tensor]], path: Any, title: str, most: int = 64) -> None:
+def draw_kernels(layers: Sequence[tuple[str, Tensor]], path: Any, title: str, most: int = 64, dpi: int = 110) -> None:
     """A panel per layer of `find_kernels`, with at most `most` kernels of each."""
     columns = min(3, len(layers))
     figure, axes = new_figure(-(-len(layers) // columns), columns, 3.0, 3.0, title)
@@ -121,4 +121,4 @@ def draw_kernels(layers: Sequence[tuple[str, Tensor]], path: Any, title: str, mo
         shown = f"{count}" if count <= most else f"{most} of {count}"
         options: dict[str, Any] = dict(cmap="RdBu_r", vmin=0, vmax=1, interpolation="nearest")
         show(axis, tile(kernels, most), f"{name}\n{shown} kernels of {height} x {width}", **options)
-    save(figure, path)
+    save(figure, path, dpi)

@@ -110,7 +110,7 @@ def covered_areas(field: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> li
     return areas
 
 
-def draw_fields(fields: Sequence[tuple[str, Tensor]], path: Any, title: str) -> None:
+def draw_fields(fields: Sequence[tuple[str, Tensor]], path: Any, title: str, dpi: int = 110) -> None:
     """Receptive fields, (H, W) each, side by side under their names, as the logarithm that RepLKNet draws."""
     height, width = fields[0][1].shape
     figure, axes = new_figure(1, len(fields), *panel_size(height, width, 3.2), title)
@@ -119,7 +119,7 @@ def draw_fields(fields: Sequence[tuple[str, Tensor]], path: Any, title: str) -> 
         values = torch.log10(1 + field * field.numel())
         shown = (values / values.max().clamp_min(1e-12)).numpy()
         show(axis, shown, f"{name}\n{describe_areas(field, THRESHOLDS[1:])}", cmap="YlGn_r", vmin=0, vmax=1)
-    save(figure, path)
+    save(figure, path, dpi)
 
 
 def describe_areas(field: Tensor, thresholds: Sequence[float] = THRESHOLDS) -> str:

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         sub.add_argument("--out", metavar="FILE", help=f"picture to write (default: {FOLDER}/NAME_{name}.png)")
+        sub.add_argument("--dpi", type=_positive, default=110, help="resolution of a png (default: %(default)s)")
         sub.add_argument("--options", nargs="+", action=DictAction, metavar="KEY=VALUE", default={},
                          help="keywords of the model, such as scan=plstm, or of the scan or routes")  # fmt: skip
         return sub
@@ -216,7 +217,7 @@ def _scan(args: argparse.Namespace) -> list[Path]:
             raise UsageError(f"an animation is a .gif or .svg, not {out.name}; add --out FILE.svg")
         animate(found, out, args.seconds, args.frames)
     else:
-        draw_still(found, out)
+        draw_still(found, out, args.dpi)
     return [out]
 
 
@@ -229,12 +230,12 @@ def _erf(args: argparse.Namespace) -> list[Path]:
         if args.whole:
             raise UsageError("--whole is not for erf: an average needs images of one size; --size sets it")
         files = _spread(image_files(args.images), args.count)
-        images, source = [subject.read(file) for file in files], f"{len(files)} images"
+        images, source = [subject.read(file) for file in files], _images_of(len(files))
     else:
         count, shape = args.random or min(10, args.count), (subject.model.in_chans, *subject.size)
         generator = torch.Generator().manual_seed(0)
         images = [torch.randn(shape, generator=generator) for _ in range(count)]
-        source = f"{count} images of noise"
+        source = f"{_images_of(count)} of noise"
     fields = []
     if subject.checkpoint is not None:
         before = _subject(args, weights=False) if args.model.endswith(".py") else _untrained(args, subject)
@@ -243,7 +244,7 @@ def _erf(args: argparse.Namespace) -> list[Path]:
     fields.append((name, receptive_field(subject.model, images, stage, args.measure, scores)))
     where = "the scores" if stage is None else f"map {stage}"
     title = f"Effective receptive field of {subject.name}, {where}, {source}, {subject.size[0]} x {subject.size[1]}"
-    draw_fields(fields, out, title)
+    draw_fields(fields, out, title, args.dpi)
     record = dict(
         model=subject.name, checkpoint=subject.checkpoint, stage=stage, measure=args.measure, images=source,
         fields={name: field_record(field) for name, field in fields},
@@ -253,6 +254,10 @@ def _erf(args: argparse.Namespace) -> list[Path]:
     for name, field in fields:
         print(f"{name}, shares of the gradient in shares of the image: {describe_areas(field)}")
     return [out, numbers]
+
+
+def _images_of(count: int) -> str:
+    return f"{count} image{'s' * (count > 1)}"
 
 
 def _untrained(args: argparse.Namespace, subject: Subject) -> Subject:
@@ -288,7 +293,7 @@ def _cam(args: argparse.Namespace) -> list[Path]:
                 print(f"{name}: the map of this stage has one cell; --stage chooses a finer one", file=sys.stderr)
             heat = enlarge(cam / cam.max().clamp_min(1e-30), (image.shape[1], image.shape[2]))
             show(axis, overlay(picture, heat), text)
-    save(figure, out)
+    save(figure, out, args.dpi)
     return [out]
 
 
@@ -311,7 +316,7 @@ def _activation(args: argparse.Namespace) -> list[Path]:
             picture = reduce_map(features, args.reduce).numpy()
             channels, rows, columns = features.shape
             show(axis, picture, f"stage {stage}: {channels} x {rows} x {columns}", cmap="viridis", vmin=0, vmax=1)
-    save(figure, out)
+    save(figure, out, args.dpi)
     return [out]
 
 
@@ -354,7 +359,7 @@ def _attn(args: argparse.Namespace) -> list[Path]:
             show(row[0], strength.numpy(), f"cell {cell[0]}, {cell[1]}: {text}", cmap="turbo", vmin=0, vmax=1)
         for axis in row:
             axis.plot([x_], [y], marker="s", markersize=6, markerfacecolor="none", markeredgecolor="white")
-    save(figure, out)
+    save(figure, out, args.dpi)
     return [out]
 
 
@@ -363,7 +368,7 @@ def _filters(args: argparse.Namespace) -> list[Path]:
     subject = _subject(args)
     layers = list(islice(find_kernels(subject.model, args.layers), 12))
     title = f"Kernels of {subject.name}, {_weights(subject)}; red above 0, blue below, each scaled by itself"
-    draw_kernels(layers, out, title, args.most)
+    draw_kernels(layers, out, title, args.most, args.dpi)
     return [out]
 
 

@@ -118,9 +118,9 @@ def _found(title: str, walks: list[Walk | Wave], remarks: list[str]) -> Found:
     return Found(title, walks[:MOST_PANELS], len(walks) if len(walks) > MOST_PANELS else 0, remarks)
 
 
-def draw_still(found: Found, path: Path) -> None:
+def draw_still(found: Found, path: Path, dpi: int) -> None:
     """A picture of all walks as png or svg."""
-    draw_walks(found.walks, found.title).savefig(path, dpi=110)
+    draw_walks(found.walks, found.title).savefig(path, dpi=dpi)
 
 
 def animate(found: Found, path: Path, seconds: float, frames: int) -> None:
