@@ -77,8 +77,9 @@ class MultiScaleScan(MultiDirectionScan):
             order of the code that published each form: map, half-resolution map in the first; the other way round in
             the second.
         reverse_full: walk the map from its end, and the rows of the half-resolution map from their start.
-        expand, state_dim, dt_rank, conv_kernel, conv_bias, act, gate, gate_act, out_norm, channel_gate, out_act,
-            dropout, init: see `MultiDirectionScan`; `conv_bias` and `act` hold for both convolutions.
+        expand, state_dim, dt_rank, conv_kernel, conv_bias, act, gate, gate_act, out_norm: see `MultiDirectionScan`;
+            `conv_bias` and `act` hold for both convolutions.
+        channel_gate, out_act, dropout, init: see `MultiDirectionScan`.
     """
 
     def __init__(
