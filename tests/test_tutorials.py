@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vision_ssm.engine import visualize_command
+from vision_ssm.engine.visualize_command import visualize
+from vision_ssm.engine.visualize_options import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -83,7 +84,7 @@ def test_every_picture_has_its_command_and_is_small():
         assert (ROOT / picture).stat().st_size < BIGGEST_PICTURE, picture
         assert f"](pictures/{Path(picture).name})" in text, f"{picture} is not shown"
     for command, _ in gallery():
-        visualize_command._parser().parse_args(shlex.split(command)[2:])  # exits where an option is unknown
+        build_parser().parse_args(shlex.split(command)[2:])  # exits where an option is unknown
 
 
 @pytest.mark.parametrize("command, out", [pair for pair in gallery() if pair[0].split()[2] == "scan"])
@@ -94,7 +95,7 @@ def test_routes_of_the_gallery_are_drawn_again(command, out, tmp_path):
     arguments = shlex.split(command)[2:]
     fresh = tmp_path / Path(out).name
     arguments[arguments.index("--out") + 1] = str(fresh)
-    assert visualize_command.visualize(arguments) == 0
+    assert visualize(arguments) == 0
     if fresh.suffix == ".svg":
         assert fresh.read_text() == (ROOT / out).read_text()
         return
