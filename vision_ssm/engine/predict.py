@@ -52,6 +52,29 @@ def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
     return tuple(f"class {index}" for index in range(count))
 
 
+def model_from_file(name: str, weights: str | Path, **overrides: Any) -> tuple[Any, Any]:
+    """Model `name` with the weights of a file, official or ours, and what the file holds.
+
+    Classes and channels are those of the file unless `overrides`, keywords of `create_model`, say otherwise. Without a
+    classifier in the file, a backbone is built for its maps alone.
+    """
+    checkpoint = read_checkpoint(weights)
+    with torch.device("meta"):
+        sketch = create_model(name)
+    tensors = type(sketch).official_keys(unwrap(checkpoint, str(weights), prefixes=sketch.wrappers))
+    first = next((key for key, value in sketch.named_parameters() if value.ndim == 4), "")
+    found: dict[str, Any] = {}
+    if first in tensors:
+        found["in_chans"] = tensors[first].shape[1]
+    if sketch.classifier_key in tensors:
+        found["num_classes"] = tensors[sketch.classifier_key].shape[0]
+    elif not sketch.features_only:
+        found["features_only"] = True
+    model = create_model(name, **{**found, **overrides})
+    load_weights(model, weights, verbose=False)
+    return model, checkpoint
+
+
 class Predictor:
     """A classifier in eval mode with its transform and class names.
 
@@ -89,19 +112,12 @@ class Predictor:
     @classmethod
     def from_weights(cls, name: str, weights: str | Path, device: str | None = None) -> "Predictor":
         """Model `name` with a weight file, official or ours; classes and channels are those of the file."""
-        checkpoint = read_checkpoint(weights)
-        tensors = find_family(name).official_keys(unwrap(checkpoint, str(weights)))
-        with torch.device("meta"):
-            key = create_model(name).classifier_key
-        if key not in tensors:
+        find_family(name)  # a backbone, or an error that names some
+        model, checkpoint = model_from_file(name, weights)
+        if not model.num_classes:
             raise UsageError(f"{weights} holds no classifier of {name}, so there is nothing to predict with")
-        classes = tensors[key].shape[0]
-        stem = next(value for key, value in tensors.items() if key.startswith("stem.") and value.ndim == 4)
-        channels = stem.shape[1]
-        model = create_model(name, num_classes=classes, in_chans=channels)
-        load_weights(model, weights, verbose=False)
-        transform = build_transform(train=False, **transform_settings(model, channels))
-        return cls(model, transform, channels, class_names(checkpoint, classes), device)
+        transform = build_transform(train=False, **transform_settings(model, model.in_chans))
+        return cls(model, transform, model.in_chans, class_names(checkpoint, model.num_classes), device)
 
     @torch.inference_mode()
     def __call__(

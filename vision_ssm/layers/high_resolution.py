@@ -54,7 +54,7 @@ class Upsample(ConvNorm):
         self.factor = factor
 
     def forward(self, x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:  # type: ignore[override]
-        """x: (B, H, W, dim). Returns (B, *size, out_dim)."""
+        """x: (B, H, W, dim). Returns (B, H', W', out_dim), of the given `size`."""
         x = super().forward(x).permute(0, 3, 1, 2)
         x = F.interpolate(x, scale_factor=self.factor, mode="bilinear", align_corners=False)
         if tuple(x.shape[2:]) != tuple(size):

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..registry import SCANS
 from .sequence import SequenceScan, TokenLayout
+from .walks import NoRouteError, Walk
 
 _HEAD_DIM = 32
 
@@ -28,6 +29,10 @@ class AttentionScan(SequenceScan):
         if not isinstance(heads, int) or heads < 1 or dim % heads:
             raise ValueError(f"heads is 'auto' or divides the width, got {heads!r} for {dim} channels")
         self.attention: nn.Module = Attention(dim, num_heads=heads)
+
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """See `walks_of`."""
+        raise NoRouteError("attention lets every cell read every other one at once, in no order")
 
     def scan_tokens(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         """tokens: (B, T, dim). Returns the same shape; the layout makes no difference."""

@@ -15,6 +15,7 @@ from ..ops.ssd import ssd
 from ..registry import SCANS
 from .core import SSD_CHUNK, decay_rate, initial_dt_bias
 from .sequence import SequenceScan, TokenLayout
+from .walks import Walk, raster_walk
 
 _HEAD_DIM = 64
 
@@ -76,6 +77,10 @@ class CausalScan(SequenceScan):
         if self.heading:
             tokens = tokens[:, 1:]
         return _flip_patches(tokens, layout) if self.reverse else tokens
+
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """See `walks_of`."""
+        return [raster_walk(height, width, self.reverse)]
 
     def mix(self, tokens: torch.Tensor) -> torch.Tensor:
         """The Mamba-2 mixer alone. tokens: (B, T, C). Returns the same shape."""

@@ -11,6 +11,7 @@ from ..layers import DepthwiseConv2d
 from ..ops import hidden_state_mixer
 from ..registry import SCANS
 from .core import _uniform
+from .walks import NoRouteError, Walk
 
 
 @SCANS.register_module(name=["hidden_state", "HiddenStateMixer"])
@@ -42,6 +43,10 @@ class HiddenStateMixer(nn.Module):
         self.hidden_out_weight = _uniform(dim, inner, bound=inner**-0.5)
         self.D = nn.Parameter(torch.ones(1))
         self.A = nn.Parameter(torch.empty(state_dim).uniform_(1, 16)) if inert_decay else None
+
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """See `walks_of`."""
+        raise NoRouteError("hidden_state gathers all cells into a few states at once, in no order")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""

@@ -4,6 +4,8 @@ Paper: LBMamba: Locally Bi-directional Mamba, arXiv 2506.15976. Source of the ma
 github.com/cvlab-stonybrook/LBMamba, commit 52155516.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from ..registry import SCANS
 from .core import S6Core, decay_rate, resolve_dt_rank, unpack
 from .routes import build_routes
 from .sequence import SequenceScan, TokenLayout
+from .walks import Walk, raster_walk
 
 
 class _LocalCore(S6Core):
@@ -91,6 +94,13 @@ class LocalBidirectionalScan(SequenceScan):
         if self.other_core is not None:
             nn.init.zeros_(self.other_core.dt_proj_bias)  # as of Vim's second direction
         self.out_proj = nn.Linear(inner, dim, bias=False)
+
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """See `walks_of`."""
+        window = "" if self.core.window is None else f" of {self.core.window} steps"
+        main = raster_walk(height, width, self.core.reverse)
+        walks = [replace(main, title=f"{main.title}, looking ahead in windows{window}")]
+        return walks if self.other_core is None else [*walks, raster_walk(height, width, self.other_core.reverse)]
 
     def scan_tokens(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
         x, z = self.in_proj(tokens).chunk(2, dim=-1)  # each (B, T, D)

@@ -11,6 +11,7 @@ from ..layers import ChannelLastConv2d, LayerNorm, get_activation, is_plain
 from ..registry import SCANS, suggest
 from .multi_direction import MultiDirectionScan
 from .routes import Routes, RouteTable
+from .walks import Walk
 
 _LOW_KERNEL = 7
 _LOW_ROUTES = 3
@@ -76,8 +77,9 @@ class MultiScaleScan(MultiDirectionScan):
             order of the code that published each form: map, half-resolution map in the first; the other way round in
             the second.
         reverse_full: walk the map from its end, and the rows of the half-resolution map from their start.
-        expand, state_dim, dt_rank, conv_kernel, conv_bias, act, gate, gate_act, out_norm, channel_gate, out_act,
-            dropout, init: see `MultiDirectionScan`; `conv_bias` and `act` hold for both convolutions.
+        expand, state_dim, dt_rank, conv_kernel, conv_bias, act, gate, gate_act, out_norm: see `MultiDirectionScan`;
+            `conv_bias` and `act` hold for both convolutions.
+        channel_gate, out_act, dropout, init: see `MultiDirectionScan`.
     """
 
     def __init__(
@@ -128,6 +130,16 @@ class MultiScaleScan(MultiDirectionScan):
             inner, inner, _LOW_KERNEL, stride=2, padding=_LOW_KERNEL // 2, groups=inner, bias=conv_bias
         )
         self.low_act = get_activation(act)
+
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """See `walks_of`: the walk over the map, and three over its half-resolution map that pass their state on."""
+        routes, rows, columns = self.core.routes, _halved(height), _halved(width)
+        assert isinstance(routes, _TwoScales)
+        full = routes.tables(height, width)[0].read[0]
+        passes = routes.lay_out(torch.arange(rows * columns).view(1, rows, columns))[0].chunk(_LOW_ROUTES)
+        titles = [f"half resolution, pass {number} of {_LOW_ROUTES}" for number in range(1, _LOW_ROUTES + 1)]
+        low = [Walk(title, rows, columns, order) for title, order in zip(titles, passes)]
+        return [Walk("full resolution", height, width, full), *low]
 
     def scan(self, h: torch.Tensor) -> torch.Tensor:
         full, low = self.conv(h), self.low_act(self.low_conv(h))  # (B, H, W, D), (B, ceil(H/2), ceil(W/2), D)

@@ -13,6 +13,7 @@ from ..layers import DepthwiseConv2d, LayerNorm, add_norm
 from ..ops import noncausal_ssd, ssd
 from ..registry import SCANS, suggest
 from .core import decay_rate, initial_dt_bias
+from .walks import NoRouteError, Walk, raster_walk
 
 _HEAD_DIM = 64
 _ORDERS = ("none", "raster", "bidirectional")
@@ -89,6 +90,13 @@ class NonCausalSSD(nn.Module):
         )  # (B, L, heads, P), float32: sums over all cells do not fit in float16
         y = add_norm(self.norm, y.reshape(z.shape))[1].to(z.dtype)
         return self.out_proj(y * z)
+
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """See `walks_of`."""
+        if self.order == "none":
+            raise NoRouteError("noncausal_ssd sums one state over all cells at once, in no order")
+        ways = (False, True) if self.order == "bidirectional" else (False,)
+        return [raster_walk(height, width, reverse) for reverse in ways]
 
     def mix(self, x: torch.Tensor, dt: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """x: (B, L, heads, P); dt: (B, L, heads), raw; b, c: (B, L, groups, N).

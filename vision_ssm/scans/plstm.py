@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..ops.plstm import plstm2d
 from ..registry import SCANS, suggest
+from .walks import Wave
 
 ORIENTATIONS = 4
 MODES = ("propagation", "diffusion")
@@ -138,6 +139,17 @@ class PLSTMScan(nn.Module):
             down = 1 - straight
             transitions_of = dict(T_rl=straight, T_ru=straight, T_dl=down, T_du=down)
             return dict(S_r=right, S_d=1 - right, M_l=mark, M_u=mark, **transitions_of)
+
+    def walks(self, height: int, width: int) -> list[Wave]:
+        """See `walks_of`: a wave from every corner, in the order of the orientations."""
+        rows, columns = torch.arange(height)[:, None], torch.arange(width)
+        waves = []
+        for number, (up, left) in enumerate(((False, False), (True, False), (False, True), (True, True))):
+            steps = (rows.flip(0) if up else rows) + (columns.flip(0) if left else columns)  # (H, W)
+            corner = f"{'bottom' if up else 'top'} {'right' if left else 'left'}"
+            edges = ((-1 if up else 1, 0), (0, -1 if left else 1))
+            waves.append(Wave(f"orientation {number}, from the {corner}", steps, edges))
+        return waves
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""

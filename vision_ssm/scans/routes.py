@@ -113,7 +113,20 @@ class Routes:
 
     def draw(self, height: int = 6, width: int = 8) -> "Figure":
         """A matplotlib figure of every route: the path over the grid, coloured from its first to its last step."""
-        return _draw(self, height, width)
+        from .drawing import draw_walks
+        from .walks import walks_of_routes
+
+        self.tables(height, width)  # a map is not padded unasked
+        title = f"{self.registered_name()} on {height} x {width} cells"
+        return draw_walks(walks_of_routes(self, height, width), title)
+
+    def registered_name(self) -> str:
+        """Name of the family in the registry, or of its class."""
+        return next((name for name, cls in ROUTES.module_dict.items() if cls is type(self)), type(self).__name__)
+
+    def route_names(self) -> list[str]:
+        """What pictures call each route."""
+        return [f"route {number}" for number in range(self.num_routes)]
 
     def __repr__(self) -> str:
         derived = ("num_routes", "multiple")
@@ -370,6 +383,9 @@ class Compose(Routes):
             raise ValueError(f"routes of different lengths cannot run in one scan: {self} has {sorted(lengths)} steps")
         return torch.cat(orders)  # (sum of K, T)
 
+    def route_names(self):
+        return [f"{family.registered_name()} {k}" for family in self.families for k in range(family.num_routes)]
+
     def make_tables(self, height, width, device=None):
         made = [family.make_tables(height, width, device) for family in self.families]
         if any(len(tables) > 1 or tables[0].segment is not None for tables in made):
@@ -406,44 +422,3 @@ def list_routes() -> list[str]:
 def describe_routes(name: str) -> str:
     """First line of a family's documentation."""
     return (lookup(ROUTES, name).__doc__ or "").strip().splitlines()[0]
-
-
-def _draw(routes: Routes, height: int, width: int) -> "Figure":
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.collections import LineCollection
-    from matplotlib.figure import Figure
-
-    panels = [
-        (table.first + k, table.read[k].tolist(), table.segment or table.read.shape[1])
-        for table in routes.tables(height, width)
-        for k in range(table.read.shape[0])
-    ]
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.1 * columns, 3.1 * rows * height / width + 1.0), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    cells = [(column, row) for row in range(height) for column in range(width)]  # a route may leave some out
-    for axis, (number, order, segment) in zip(axes.flat, panels):
-        points = [(cell % width, cell // width) for cell in order]
-        steps = [t for t in range(len(points) - 1) if (t + 1) % segment]
-        pairs = [points[t : t + 2] for t in steps]
-        widths = [2.4 if abs(x1 - x0) + abs(y1 - y0) == 1 else 0.9 for (x0, y0), (x1, y1) in pairs]  # jumps are thin
-        path = LineCollection(pairs, cmap="viridis", linewidths=widths, capstyle="round")
-        path.set_array([(t % segment) / max(segment - 1, 1) for t in steps])
-        path.set_clim(0, 1)
-        axis.add_collection(path)
-        axis.scatter(*zip(*cells), s=14, color="#c9ccd3", zorder=2, linewidths=0)
-        for start in range(0, len(points), segment):
-            end = min(start + segment, len(points)) - 1
-            axis.scatter(*points[start], s=46, color="#440154", zorder=3, label="start" if start == 0 else None)
-            axis.scatter(*points[end], s=46, color="#e3a60b", marker="s", zorder=3, label="end" if not start else None)
-        axis.set(xlim=(-0.7, width - 0.3), ylim=(height - 0.3, -0.7), aspect="equal")
-        axis.set_title(f"route {number}", fontsize=9, color="#333333")
-    name = next((name for name, cls in ROUTES.module_dict.items() if cls is type(routes)), type(routes).__name__)
-    figure.suptitle(f"{name} on {height} x {width} cells", fontsize=11)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return figure

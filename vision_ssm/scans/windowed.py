@@ -59,6 +59,9 @@ class DirectionRoutes(Routes):
         self.class_tokens = class_tokens
         self.num_routes = len(self.directions)
 
+    def route_names(self):
+        return list(self.directions)
+
     def orders(self, height, width, device=None):
         return self._walks(height, width, device, self._reads)
 
