@@ -21,7 +21,7 @@ from ..layers import PatchStem, add_norm
 from ..registry import SCANS, suggest
 from ..scans.plstm import PLSTMScan
 from ..scans.sequence import TokenLayout
-from .base import Branch, ScanBlock, register_family, resolve_scan
+from .base import DEFAULT_PRETRAINED_CFG, Branch, ScanBlock, register_family, resolve_scan
 from .official import official_settings, rename
 from .plain import PlainBackbone
 
@@ -92,6 +92,7 @@ class PLSTM(PlainBackbone):
     """
 
     family = "plstm"
+    common_cfg = {**DEFAULT_PRETRAINED_CFG, "crop_pct": 1.0}
 
     def __init__(
         self,
