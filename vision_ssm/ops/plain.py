@@ -27,35 +27,36 @@ from .torch_dcnv4 import _Options, _Points, _table
 STEPS = 8  # of a chunk: fewer make more levels, more make longer ones
 
 
-def _pad_steps(values: Tensor, before: int, behind: int) -> Tensor:
-    """Zeros before and behind the steps, axis 1."""
-    return F.pad(values, (0, 0) * (values.dim() - 2) + (before, behind))
+def _pad_steps(values: Tensor, before: int, behind: int, axis: int = -3) -> Tensor:
+    """Zeros before and behind the steps, which lie along `axis`, counted from the last."""
+    return F.pad(values, (0, 0) * (-axis - 1) + (before, behind))
 
 
 def _states(exponents: Tensor, values: Tensor) -> Tensor:
-    """``h[t] = exp(exponents[t]) * h[t-1] + values[t]`` from 0, for all steps t of axis 1.
+    """``h[t] = exp(exponents[t]) * h[t-1] + values[t]`` from 0, for all steps t of axis -3.
 
     Chunks are stepped at once, from zero. Their last states are a recurrence of their own, of as many steps as there are
-    chunks, and what enters a chunk decays by the exponential of a sum. The two tensors need not be of one shape behind
-    axis 1.
+    chunks, and what enters a chunk decays by the exponential of a sum. `exponents` may be of size 1 where `values` are
+    larger.
     """
-    length = values.shape[1]
+    length = values.shape[-3]
     steps = min(length, STEPS)
     chunks = -(-length // steps)
     padding = chunks * steps - length
     exponents, values = (_pad_steps(part, 0, padding) if padding else part for part in (exponents, values))
-    exponents, values = (part.unflatten(1, (chunks, steps)) for part in (exponents, values))
-    state, *others = values.unbind(2)
+    exponents, values = (part.unflatten(-3, (chunks, steps)) for part in (exponents, values))
+    state, *others = values.unbind(-3)
     states = [state]
-    for decay, value in zip(exponents[:, :, 1:].exp().unbind(2), others):
+    for decay, value in zip(exponents.exp().unbind(-3)[1:], others):
         state = decay * state + value
         states.append(state)
-    within = torch.stack(states, 2)
+    within = torch.stack(states, -3)
     if chunks > 1:
-        reach = exponents.cumsum(2)
-        last = _states(reach[:, :, -1], state)
-        within = within + reach.exp() * _pad_steps(last[:, :-1], 1, 0).unsqueeze(2)
-    return within.flatten(1, 2)[:, :length]
+        reach = exponents.cumsum(-3)
+        last = _states(reach[..., -1, :, :], state)
+        within = within + reach.exp() * _pad_steps(last[..., :-1, :, :], 1, 0).unsqueeze(-3)
+    states_of_all = within.flatten(-4, -3)
+    return states_of_all[..., :length, :, :] if padding else states_of_all
 
 
 def _selective(
@@ -64,17 +65,17 @@ def _selective(
     """The selective scan of K sequences per image, which may start anew every `segment` steps.
 
     x, delta: (b, K, T, D); A: (K, D, N); B, C: (b, K, T, N); D: (K, D). Returns y like x, and the last states,
-    (b * K * segments, N, D).
+    (b, K, N, D), of a scan without segments.
     """
-    count, steps = x.shape[1:3]
-    parts = steps // (segment or steps)
     exponents = delta.unsqueeze(3) * A.mT.unsqueeze(1)  # (b, K, T, N, D)
     values = (delta * x).unsqueeze(3) * B.unsqueeze(4)
-    exponents, values = (part.unflatten(2, (parts, -1)).flatten(0, 2) for part in (exponents, values))
-    states = _states(exponents, values)  # (b K parts, steps / parts, N, D)
-    seen = states.unflatten(0, (-1, count, parts)).flatten(2, 3)  # (b, K, T, N, D)
-    y = (seen * C.unsqueeze(4)).sum(3)
-    return (y if D is None else y + D.unsqueeze(1) * x), states[:, -1]
+    if segment is None:
+        states = _states(exponents, values)
+    else:
+        exponents, values = (part.unflatten(2, (-1, segment)) for part in (exponents, values))
+        states = _states(exponents, values).flatten(2, 3)
+    y = (states * C.unsqueeze(4)).sum(3)
+    return (y if D is None else y + D.unsqueeze(1) * x), states[:, :, -1]
 
 
 def _widened(like: Tensor, *tensors: Tensor | None) -> list[Any]:
@@ -102,7 +103,7 @@ def selective_scan(
     A, D = (None if part is None else part.unflatten(0, (groups, -1)) for part in (A, D))
     y, last = _selective(x, delta, A, B.mT, C.mT, D)
     y = y.mT.flatten(1, 2)
-    return (y if z is None else y * F.silu(z)).to(dtype), last.mT.unflatten(0, (-1, groups)).flatten(1, 2)
+    return (y if z is None else y * F.silu(z)).to(dtype), last.mT.flatten(1, 2)
 
 
 def _walk(values: Tensor, read: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _add_up(values: Tensor, write: Tensor, length: int, merge: bool) -> Tensor:
         never = bool((visits == write.numel()).any())
     values = values.flatten(1, 2)
     if never:
-        values = _pad_steps(values, 0, 1)
+        values = _pad_steps(values, 0, 1, -2)
     total = values.index_select(1, visits.flatten()).unflatten(1, tuple(visits.shape)).sum(1)
     return total if merge else total.unflatten(1, (length, count))
 
@@ -223,30 +224,31 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """As `chunked_ssd`: c chunks of q steps, g groups of r heads of p channels, n states."""
     x, dt, A, B, C, D, dt_bias, initial_states = _widened(x, x, dt, A, B, C, D, dt_bias, initial_states)
-    length, heads, groups = x.shape[1], x.shape[2], B.shape[2]
+    length, groups = x.shape[1], B.shape[2]
     chunk = min(chunk_size, length)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
     padding = -length % chunk
-    parts = (_pad_steps(part, 0, padding) if padding else part for part in (x, dt, B, C))
-    value, delta, B, C = (part.unflatten(1, (-1, chunk)) for part in parts)
-    value = value.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, q, p)
-    delta = delta.unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # (b, c, g, r, q)
-    B, C = (part.transpose(2, 3).unsqueeze(3) for part in (B, C))  # (b, c, g, 1, q, n)
-    exponents = delta * A.view(groups, -1, 1)
+    parts = (x, dt, B, C)
+    padded, dt, B, C = (_pad_steps(part, 0, padding, 1 - part.dim()) if padding else part for part in parts)
+    value = padded.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).permute(0, 3, 4, 1, 2, 5)  # (b, g, r, c, q, p)
+    delta = dt.unflatten(2, (groups, -1)).unflatten(1, (-1, chunk)).permute(0, 3, 4, 1, 2)  # (b, g, r, c, q)
+    B, C = (part.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4).unsqueeze(2) for part in (B, C))  # (b, g, 1, c, q, n)
+    exponents = delta * A.view(groups, -1, 1, 1)
     entering = value * delta.unsqueeze(-1)
-    since_start = exponents.cumsum(-1)
-    between = exponents.unsqueeze(-2).expand(*exponents.shape[:-1], chunk, chunk).triu(1).cumsum(-1)  # [j, i]
-    decays = between.exp().triu()
-    added = (entering * decays[..., -1:]).mT @ B  # (b, c, g, r, p, n), what a chunk adds to the state at its end
-    start = torch.zeros_like(added[:, :1])
-    if initial_states is not None:
-        start = initial_states.unflatten(1, (groups, -1)).unsqueeze(1)
-    totals = _pad_steps(since_start[..., -1:].unsqueeze(-1), 1, 0)
-    states = _states(totals, torch.cat([start, added], 1))
-    y = (C @ states[:, :-1].mT) * since_start.exp().unsqueeze(-1) + ((B @ C.mT) * decays).mT @ entering
-    y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :length]  # (b, L, heads, p)
-    return (y if D is None else y + D * x), states[:, -1].reshape(-1, heads, *states.shape[-2:])
+    since_start = exponents.cumsum(-1).unsqueeze(-1)  # (b, g, r, c, q, 1)
+    # summed from each step on, see `chunked_ssd`; [j, i] is from step j to step i
+    decays = exponents.unsqueeze(-2).expand(*exponents.shape[:-1], chunk, chunk).triu(1).cumsum(-1).exp().triu()
+    added = (entering * decays[..., -1:]).mT @ B  # (b, g, r, c, p, n), what a chunk adds to the state at its end
+    if initial_states is None:
+        start = torch.zeros_like(added[:, :, :, :1])
+    else:
+        start = initial_states.unflatten(1, (groups, -1)).unsqueeze(3)
+    totals = _pad_steps(since_start[..., -1:, :], 1, 0)
+    states = _states(totals, torch.cat([start, added], 3))
+    y = (C @ states[:, :, :, :-1].mT) * since_start.exp() + ((B @ C.mT) * decays).mT @ entering
+    y = y.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(1, 2)[:, :length]  # (b, L, heads, p)
+    return (y if D is None else y + D * x), states[:, :, :, -1].flatten(1, 2)
 
 
 def dcnv4(value: Tensor, offset_mask: Tensor, *options: Any) -> Tensor:
