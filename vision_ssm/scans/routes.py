@@ -83,10 +83,10 @@ class Routes:
         Raises:
             ValueError: the grid has no cell, or a side that is not a multiple of `multiple`.
         """
+        if are_replaced():  # what replaces operators looks into the tables, so the graph to be made has one size
+            with disable_current_modes():
+                return self._remembered(int(height), int(width), device)
         if torch.compiler.is_compiling():
-            if are_replaced():  # what replaces the operators looks into the tables
-                with disable_current_modes():
-                    return self._remembered(height, width, device)
             if torch.compiler.is_exporting():  # an exported graph must own its tables: sizes may be symbolic
                 return self.make_tables(height, width, device)
             # a compiled one finds the tables of eager calls, and with them what is planned for them; `range` makes
