@@ -1,14 +1,14 @@
 """Predictions for image files: from a run's config and checkpoint, or from a model's name and a weight file."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 
 from vision_ssm.data import EXTENSIONS, UnreadableImageError, build_transform, load_image, transform_settings
 from vision_ssm.factory import create_model, find_family
@@ -40,16 +40,31 @@ def image_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
-    """Names of the classes: those that training stored, else ImageNet's for 1000 classes, else numbers."""
+def stored_class_names(checkpoint: Any, count: int) -> tuple[str, ...] | None:
+    """Names of `count` classes that training stored in a checkpoint, if it did."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     stored = (meta.get("dataset_meta") or {}).get("classes", ()) if isinstance(meta, dict) else ()
-    if len(stored) == count:
-        return tuple(stored)
+    return tuple(stored) if count and len(stored) == count else None
+
+
+def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
+    """Names of the classes: those that training stored, else ImageNet's for 1000 classes, else numbers."""
+    if stored := stored_class_names(checkpoint, count):
+        return stored
     if count == IMAGENET_CLASSES:
         info = ImageNetInfo()
         return tuple(info.index_to_description(index).split(",")[0] for index in range(count))
     return tuple(f"class {index}" for index in range(count))
+
+
+def weights_form(name: str, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Classes, and channels of the images, of a state dict for model `name`; None where it does not tell."""
+    with torch.device("meta"):
+        model = create_model(name)
+    own = model.own_keys(dict(tensors))
+    stem = next((value for key, value in own.items() if "stem." in key and value.ndim == 4), None)
+    classes = own[model.classifier_key].shape[0] if model.classifier_key in own else None
+    return classes, None if stem is None else stem.shape[1]
 
 
 class Predictor:
@@ -90,14 +105,10 @@ class Predictor:
     def from_weights(cls, name: str, weights: str | Path, device: str | None = None) -> "Predictor":
         """Model `name` with a weight file, official or ours; classes and channels are those of the file."""
         checkpoint = read_checkpoint(weights)
-        tensors = find_family(name).official_keys(unwrap(checkpoint, str(weights)))
-        with torch.device("meta"):
-            key = create_model(name).classifier_key
-        if key not in tensors:
+        find_family(name)  # a backbone, no U-Net
+        classes, channels = weights_form(name, unwrap(checkpoint, str(weights)))
+        if classes is None or channels is None:
             raise UsageError(f"{weights} holds no classifier of {name}, so there is nothing to predict with")
-        classes = tensors[key].shape[0]
-        stem = next(value for key, value in tensors.items() if key.startswith("stem.") and value.ndim == 4)
-        channels = stem.shape[1]
         model = create_model(name, num_classes=classes, in_chans=channels)
         load_weights(model, weights, verbose=False)
         transform = build_transform(train=False, **transform_settings(model, channels))

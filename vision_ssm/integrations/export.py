@@ -112,13 +112,17 @@ def describe(
 
 def _trace_program(module: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch")},)
-    return torch.export.export(module, (images[:_TRACED_IMAGES],), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(module, (images[:_TRACED_IMAGES],), dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # with paths of this machine
+    return program
 
 
 def _export(
     model: ModelFamily,
     file: str | os.PathLike,
-    write: Callable[[nn.Module, Tensor, dict[str, Any], Path], Callable[[Tensor], Sequence[Any]] | None],
+    write: Callable[[nn.Module, Tensor, dict[str, Any], Path], None],
+    load: Callable[[Path], Callable[[Tensor], Sequence[Any]]],
     suffix: str,
     size: Sequence[int] | None,
     features: bool,
@@ -126,7 +130,7 @@ def _export(
     check: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Write a file with `write`, which returns what runs it, compare the two, and give the file its name."""
+    """Write a file with `write`, compare what `load` makes of it with the model, and give the file its name."""
     height, width = checked_size(model, size)
     about = describe(model, (height, width), features, label_names)
     example = next(model.parameters())
@@ -137,17 +141,17 @@ def _export(
         images = torch.randn(max(BATCHES), model.in_chans, height, width, generator=generator).to(example.device)
         module = _Outputs(model, features)
         wanted = [module(images[:count]) for count in BATCHES]  # before anything else: a size may not fit
-        run = write(module, images, about, temporary)
-        if check and run is not None:
+        write(module, images, about, temporary)
+        if check:
             names = about["output_names"]
-            about["error"] = compare(run, images, wanted, names, str(file))
+            about["error"] = compare(load(temporary), images, wanted, names, str(file))
             if about["error"] > TOLERANCE:
                 exact = copy.deepcopy(module).double()
-                own = compare(lambda few: [out.float() for out in exact(few.double())], images, wanted, names, str(file))
+                rounding = compare(lambda few: exact(few.double()), images, wanted, names, str(file))
                 raise ExportError(
                     f"{file} is not kept: it differs from the model by {about['error']:.1e} of the standard deviation "
-                    f"of an output, more than {TOLERANCE:.0e}. The model itself, in float32, differs from what it is in "
-                    f"float64 by {own:.1e}: where that is no less, these weights amplify rounding, and check=False "
+                    f"of an output, more than {TOLERANCE:.0e}. In float32 the model itself is {rounding:.1e} from what "
+                    "it is in float64: where that is no less, these weights amplify rounding, and check=False "
                     "(--no-check) keeps the file"
                 )
     return about
@@ -196,7 +200,7 @@ def export_onnx(
     check_opset(opset)
     nodes = 0
 
-    def write(module: nn.Module, images: Tensor, about: dict[str, Any], temporary: Path) -> Any:
+    def write(module: nn.Module, images: Tensor, about: dict[str, Any], temporary: Path) -> None:
         nonlocal nodes
         with replaced_operators(OPERATORS):
             program = _trace_program(module, images)
@@ -218,18 +222,17 @@ def export_onnx(
         written.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
         nodes = len(written.model.graph)
         written.save(temporary, external_data=external_data)
-        if not check:
-            return None
-        if absent := missing_package("onnxruntime"):
-            warnings.warn(f"{file} is not compared with the model: {absent}", stacklevel=2)
-            return None
-        return _onnx_runner(temporary)
 
-    about = _export(model, file, write, ".onnx", size, features, label_names, check, overwrite)
+    absent = missing_package("onnxruntime") if check else ""
+    about = _export(
+        model, file, write, _load_onnx, ".onnx", size, features, label_names, check and not absent, overwrite
+    )
+    if absent:
+        warnings.warn(f"{file} is not compared with the model: {absent}", stacklevel=2)
     return about | dict(opset=opset, nodes=nodes)
 
 
-def _onnx_runner(file: Path) -> Callable[[Tensor], Sequence[Any]]:
+def _load_onnx(file: Path) -> Callable[[Tensor], Sequence[Any]]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -289,15 +292,17 @@ def export_program(
     """
     nodes = 0
 
-    def write(module: nn.Module, images: Tensor, about: dict[str, Any], temporary: Path) -> Any:
+    def write(module: nn.Module, images: Tensor, about: dict[str, Any], temporary: Path) -> None:
         nonlocal nodes
         with replaced_operators(OPERATORS if standalone else {}):
             program = _trace_program(module, images)
         nodes = len(program.graph.nodes)
         torch.export.save(program, temporary, extra_files={METADATA_FILE: json.dumps(about)})
+
+    def load(temporary: Path) -> Any:
         return torch.export.load(temporary).module()
 
-    about = _export(model, file, write, ".pt2", size, features, label_names, check, overwrite)
+    about = _export(model, file, write, load, ".pt2", size, features, label_names, check, overwrite)
     return about | dict(nodes=nodes)
 
 
@@ -328,10 +333,12 @@ def export_torchscript(
         ExportError, FileExistsError, OSError, ValueError: see `export_onnx`.
     """
 
-    def write(module: nn.Module, images: Tensor, about: dict[str, Any], temporary: Path) -> Any:
+    def write(module: nn.Module, images: Tensor, about: dict[str, Any], temporary: Path) -> None:
         with replaced_operators(OPERATORS):
             traced = torch.jit.trace(module, images[:_TRACED_IMAGES], check_trace=False)
         torch.jit.save(traced, str(temporary), _extra_files={METADATA_FILE: json.dumps(about)})
-        return torch.jit.load(str(temporary), map_location=images.device)
 
-    return _export(model, file, write, ".pt", size, features, label_names, check, overwrite)
+    def load(temporary: Path) -> Any:
+        return torch.jit.load(str(temporary))
+
+    return _export(model, file, write, load, ".pt", size, features, label_names, check, overwrite)

@@ -117,8 +117,8 @@ def compare(
     for count, references in zip(BATCHES, wanted):
         try:
             outputs = run(images[:count])
-        except Exception as error:  # of any runtime
-            raise ExportError(f"{file} is not kept: it does not run for {count} images: {error}") from error
+        except Exception as problem:  # of any runtime
+            raise ExportError(f"{file} is not kept: it does not run for {count} images: {problem}") from problem
         for name, output, reference, all_values in zip(names, outputs, references, wanted[-1], strict=True):
             if output.shape != reference.shape:
                 raise ExportError(

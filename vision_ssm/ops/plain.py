@@ -6,6 +6,7 @@ of steps, routes, channels and states do not. Routes are looked into while the g
 and never scatters. A recurrence of T steps takes some ``24 * log(T) / log(8)`` nodes.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,9 +36,9 @@ def _pad_steps(values: Tensor, before: int, behind: int, axis: int = -3) -> Tens
 def _states(exponents: Tensor, values: Tensor) -> Tensor:
     """``h[t] = exp(exponents[t]) * h[t-1] + values[t]`` from 0, for all steps t of axis -3.
 
-    Chunks are stepped at once, from zero. Their last states are a recurrence of their own, of as many steps as there are
-    chunks, and what enters a chunk decays by the exponential of a sum. `exponents` may be of size 1 where `values` are
-    larger.
+    Chunks are stepped at once, from zero. Their last states are a recurrence of their own, of as many steps as there
+    are chunks, and what enters a chunk decays by the exponential of a sum. `exponents` may be of size 1 where `values`
+    are larger.
     """
     length = values.shape[-3]
     steps = min(length, STEPS)
@@ -260,7 +261,7 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *options: Any) -> Tensor:
     return (weights.unsqueeze(-1) * found).sum(-2).flatten(-2).to(value.dtype)
 
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
     "scan_2d": scan_2d,
     "local_selective_scan": local_selective_scan,

@@ -23,7 +23,7 @@ def _decay(transition: Tensor) -> Tensor:
 
 
 def _on_diagonal(values: Tensor, axis: int) -> Tensor:
-    """Values of places along `axis` as a map between places, zero off its diagonal; the second axis lies before the last.
+    """Values of places along `axis` as a map between places, zero off its diagonal.
 
     (..., S, J, R) -> (..., S, J, S', R) for ``axis = -3``.
     """
