@@ -291,7 +291,7 @@ def test_command_writes_maps_of_a_backbone(door, tmp_path, capsys):
         (["vmamba_micro", "--image-size", "31", "64"], "images must be at least 32 x 32 pixels, got 31 x 64"),
         (["vmamba_micro", "--checkpoint", "no.pth"], "no checkpoint file no.pth"),
         (["vmamba_micro", "--output", "model.onnx"], "the file's name should end with .pt, got 'model.onnx'"),
-        (["vmamba_micro", "--in-chans", "0", "--image-size", "32", "32"], "in_chans"),
+        (["vmamba_micro", "--in-chans", "0"], "--in-chans must be at least 1, got 0"),
     ],
 )
 def test_command_explains_bad_input(arguments, message, capsys, tmp_path, monkeypatch):
@@ -368,7 +368,7 @@ def test_models_that_are_not_exported(tmp_path):
     with pytest.raises(ValueError, match="2 label names are given for 3 classes"):
         doors.export_torchscript(model.float(), tmp_path / "model.pt", size=(32, 32), label_names=["a", "b"])
     with pytest.raises(ValueError, match="size is a height and a width in pixels, got 32"):
-        doors.export_torchscript(model, tmp_path / "model.pt", size=[32])
+        doors.export_torchscript(model, tmp_path / "model.pt", size=32)
 
 
 def test_a_model_is_as_it_was(tmp_path):

@@ -110,7 +110,12 @@ def _build(args: argparse.Namespace) -> tuple[Any, tuple[str, ...] | None]:
 
 def export(argv: Sequence[str] | None = None) -> int:
     """Write a model for other programs."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    for flag, least in (("num_classes", 0), ("in_chans", 1)):
+        value = getattr(args, flag)
+        if value is not None and value < least:
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}, got {value}")
     ignore_harmless_warnings()
     output = Path(args.output or args.model + _ENDINGS[args.door])
     with clear_errors(BUILDING):

@@ -60,11 +60,11 @@ def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
 def weights_form(name: str, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
     """Classes, and channels of the images, of a state dict for model `name`; None where it does not tell."""
     with torch.device("meta"):
-        model = create_model(name)
-    own = model.own_keys(dict(tensors))
-    stem = next((value for key, value in own.items() if "stem." in key and value.ndim == 4), None)
+        model, other = create_model(name, in_chans=1), create_model(name, in_chans=2)
+    own, shapes = model.own_keys(dict(tensors)), {key: value.shape for key, value in other.state_dict().items()}
+    first = next(key for key, value in model.state_dict().items() if value.shape != shapes[key])
     classes = own[model.classifier_key].shape[0] if model.classifier_key in own else None
-    return classes, None if stem is None else stem.shape[1]
+    return classes, own[first].shape[1] if first in own else None
 
 
 class Predictor:

@@ -50,11 +50,11 @@ def check_opset(opset: int) -> None:
         )
 
 
-def checked_size(model: ModelFamily, size: Sequence[int] | None) -> tuple[int, int]:
+def checked_size(model: ModelFamily, size: Any) -> tuple[int, int]:
     """Height and width of the images; `ValueError` if they are none, or below the library's least."""
     if size is None:
         size = model.pretrained_cfg["input_size"][1:]
-    if len(size) != 2 or not all(isinstance(side, int) for side in size):
+    if not isinstance(size, Sequence) or len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise ValueError(f"size is a height and a width in pixels, got {size!r}")
     height, width = size
     if min(height, width) < MIN_IMAGE_SIZE:
