@@ -294,9 +294,10 @@ def test_what_is_published():
     """Sizes, and what the paper reports for each of the files."""
     published = HRVMamba.published
     assert set(published) == set(HRVMamba.variants) - {"hrvmamba_micro"}
-    small = vision_ssm.create_model("hrvmamba_small_pose").pretrained_cfg
-    assert small["input_size"] == (3, 256, 192) and small["coco_ap_reported"] == 74.6
-    assert [entry["input_size"] for entry in small["also"]] == [(3, 384, 288), (3, 640, 640)]
+    assert vision_ssm.create_model("hrvmamba_small_pose").pretrained_cfg["input_size"] == (3, 256, 192)
+    small = HRVMamba.weights_of("hrvmamba_small_pose")
+    assert list(small) == ["coco_256x192", "coco_384x288", "crowdpose"] and small["coco_256x192"]["coco_ap_reported"] == 74.6
+    assert [entry["input_size"] for entry in small.values()] == [(3, 256, 192), (3, 384, 288), (3, 640, 640)]
     assert published["hrvmamba_base"]["input_size"] == (3, 224, 224) and published["hrvmamba_base"]["crop_pct"] == 1.0
     urls = [entry["url"] for weights in published.values() for entry in (weights, *weights.get("also", ()))]
     assert len(set(urls)) == 12 and all(url.startswith("https://drive.google.com/file/d/") for url in urls)

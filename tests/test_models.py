@@ -266,7 +266,7 @@ def test_names_and_patterns():
         (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=(4,)), ValueError, r"different stages in 0..3, got \(4,\)"),
         (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=2), TypeError, "sequence of stage numbers"),
         (lambda: vision_ssm.create_model("vmamba_micro", pretrained=True), ValueError, "no official weights are published"),
-        (lambda: vision_ssm.create_model("vmamba_tiny_s1l8", pretrained=True), ValueError, "download https://github.com/MzeroMiko"),
+        (lambda: vision_ssm.create_model("vmamba_micro", in_chans=0), ValueError, "in_chans must be 1 or more, got 0"),
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 1, 64, 64)), ValueError, r"takes images \(B, 3, H, W\), got \(1, 1, 64, 64\)"),
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 3, 31, 64)), ValueError, "at least 32 x 32 pixels, got 31 x 64"),
         (lambda: vision_ssm.create_model("vmamba_micro", features_only=True).reset_classifier(3), ValueError, "no classifier to reset"),

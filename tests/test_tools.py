@@ -17,7 +17,7 @@ from engine_support import (
 )
 from PIL import Image
 
-from vision_ssm import create_model, list_models
+from vision_ssm import create_model, list_models, list_unets
 from vision_ssm.engine import commands, read_training
 from vision_ssm.engine.predict import Predictor, class_names, image_files
 from vision_ssm.engine.predict_command import predict
@@ -130,6 +130,17 @@ def test_list_models(capsys):
     for name in list_models("vmamba_tiny_*"):
         assert name in printed
     assert "30,249,064" in printed and "82.6" in printed and "vmamba_micro" not in printed
+    assert "download" in printed and "official weights" in printed
+    assert commands.list_models_command(["*unet_*micro"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in list_unets("*unet_*micro")) and "574,795" in printed
+    assert commands.list_models_command(["spatialmamba_*", "--pretrained"]) == 0
+    printed = capsys.readouterr().out
+    assert "spatialmamba_tiny" in printed and "page" in printed and "spatialmamba_micro" not in printed
+    assert commands.describe_weights("vssd_tiny") == "download (.ema_in1k), download (.mesa_in1k)"
+    assert [commands.describe_weights(name) for name in ("vmunet_isic", "plain_unet_micro", "lbvim_tiny")] == ["encoder", "-", "-"]
+    assert commands.list_models_command(["*_micro", "--pretrained"]) == 1
+    assert "of no model that matches '*_micro' weights are published" in capsys.readouterr().err
     assert commands.list_models_command(["vnamba*"]) == 1
     assert "no model matches 'vnamba*'" in capsys.readouterr().err
 

@@ -11,9 +11,10 @@ from mmengine.registry import Registry
 from . import backbones, unets  # noqa: F401  (registers the families)
 from .backbones.base import Backbone
 from .backbones.family import ModelFamily, build_variant, check_overrides, owner_of
+from .published import fetch_weights, find_weights, split_tag
 from .registry import BACKBONES, UNETS, suggest
 from .unets.base import UNet, load_encoder
-from .weights import load_state_dict, load_weights
+from .weights import load_state_dict
 
 
 def families() -> dict[str, list[type[Backbone]]]:
@@ -41,6 +42,15 @@ def find_family(name: str) -> type[Backbone]:
     return cls
 
 
+def find_any(name: str) -> type[Backbone] | type[UNet]:
+    """The class of the backbone or U-Net `name`; `KeyError` with suggestions if there is none."""
+    cls = owner_of(name, UNETS) or owner_of(name, BACKBONES)
+    if cls is None:
+        hint = suggest(name, [*list_models(), *list_unets()])
+        raise KeyError(f"unknown model {name!r}.{hint} list_models() and list_unets() name all of them.")
+    return cls
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all backbones that match a shell-style `pattern`, such as ``"vmamba_*"``."""
     return _names(BACKBONES, pattern)
@@ -62,23 +72,28 @@ def create_model(
     num_classes: int | None = None,
     features_only: bool | None = None,
     out_indices: Sequence[int] | None = None,
-    pretrained: str | os.PathLike | None = None,
+    pretrained: bool | str | os.PathLike | None = None,
+    cache_dir: str | os.PathLike | None = None,
     reset_head: bool = False,
-    encoder_weights: str | os.PathLike | None = None,
+    encoder_weights: bool | str | os.PathLike | None = None,
     **overrides: Any,
 ) -> Any:
     """Build a backbone or a U-Net by the name of its variant.
 
     Args:
-        name: one of `list_models()` or `list_unets()`.
+        name: one of `list_models()` or `list_unets()`; ``"variant.tag"`` names one of several published trainings.
         num_classes: outputs of the classifier, 0 for none, 1000 by default; of a U-Net, channels of the scores, by
             default as the variant is published.
         features_only: build the dense backbone, which returns one (B, C, H', W') map per stage, finest first. None: as
             the variant is published, which is a classifier for nearly all.
         out_indices: stages of a `features_only` model; all by default.
-        pretrained: file with official weights or weights of ours, for `load_weights`.
+        pretrained: True for the official weights, which are downloaded once; the tag of one of several; or a file with
+            official weights or weights of ours, for `load_weights`. The first convolution is adapted to another
+            `in_chans` than 3.
+        cache_dir: folder of downloaded weights, see `vision_ssm.download.cache_folder`.
         reset_head: start the classifier anew if the file's has another number of classes; otherwise that is an error.
-        encoder_weights: file with classification weights for the encoder of a U-Net, for `load_encoder`.
+        encoder_weights: of a U-Net: True for the official classification weights of its encoder, which are downloaded
+            once, or a file of such weights, for `load_encoder`.
         **overrides: any keyword of the family, such as `in_chans`, `drop_path_rate` or `scan` (a strategy's name, a
             dict with ``type``, or options that replace some of the variant's own).
 
@@ -86,65 +101,52 @@ def create_model(
         A `Backbone` or a `UNet`.
 
     Raises:
-        KeyError: unknown name. TypeError: unknown keyword. Both say what is known.
+        KeyError: unknown name or tag. TypeError: unknown keyword. All say what is known.
+        ValueError: weights that are not published. DownloadError: weights that cannot be downloaded.
         FileNotFoundError, CheckpointError: `pretrained` or `encoder_weights` cannot be read or does not fit.
     """
-    cls = owner_of(name, UNETS)
-    if cls is not None:
-        return _create_unet(
-            cls,
-            name,
-            {"num_classes": num_classes, "features_only": features_only, "out_indices": out_indices, **overrides},
-            pretrained,
-            reset_head,
-            encoder_weights,
-        )
-    cls = owner_of(name, BACKBONES)
-    if cls is None:
-        hint = suggest(name, [*list_models(), *list_unets()])
-        raise KeyError(f"unknown model {name!r}.{hint} list_models() and list_unets() name all of them.")
-    if encoder_weights is not None:
-        raise TypeError(f"{name} is a backbone: encoder_weights are for U-Nets; pretrained=... loads its weights")
-    check_overrides(name, overrides, cls.keywords())
-    settings = dict(overrides, num_classes=1000 if num_classes is None else num_classes, out_indices=out_indices)
-    if features_only is not None:
-        settings["features_only"] = features_only
-    model = build_variant(cls, name, **settings)
-    _load(model, pretrained, reset_head)
+    variant, tag = split_tag(name)
+    cls = find_any(variant)
+    settings = dict(overrides, num_classes=num_classes, features_only=features_only, out_indices=out_indices)
+    if issubclass(cls, UNet):
+        settings = {key: value for key, value in settings.items() if value is not None}
+        check_overrides(variant, settings, cls.keywords())
+        if pretrained and encoder_weights:
+            raise ValueError("pretrained holds the whole U-Net, encoder_weights only its encoder: give one of the two")
+    else:
+        if encoder_weights is not None:
+            raise TypeError(f"{name} is a backbone: encoder_weights are for U-Nets; pretrained=... loads its weights")
+        check_overrides(variant, overrides, cls.keywords())
+        settings["num_classes"] = 1000 if num_classes is None else num_classes
+        if features_only is None:
+            del settings["features_only"]
+    if pretrained or encoder_weights:
+        with torch.device("meta"):
+            build_variant(cls, variant, **settings)  # nothing is downloaded for a model that cannot be built
+    weights = find_weights(cls, variant, tag, pretrained, cache_dir)
+    encoder_file = _encoder_file(cls, variant, encoder_weights, cache_dir)
+    model = build_variant(cls, variant, **settings)
+    if weights.tag:
+        model.take_name(variant, weights.tag)
+    weights.load(model, reset_head)
+    if encoder_file is not None:
+        load_encoder(model, encoder_file)
     return model
 
 
-def _create_unet(
-    cls: type[UNet],
+def _encoder_file(
+    cls: type[ModelFamily],
     name: str,
-    overrides: dict[str, Any],
-    pretrained: str | os.PathLike | None,
-    reset_head: bool,
-    encoder_weights: str | os.PathLike | None,
-) -> UNet:
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    check_overrides(name, overrides, cls.keywords())
-    if pretrained and encoder_weights:
-        raise ValueError("pretrained holds the whole U-Net, encoder_weights only its encoder: give one of the two")
-    model = build_variant(cls, name, **overrides)
-    _load(model, pretrained, reset_head)
-    if encoder_weights is True:
-        backbone = cls.published.get(name, {}).get("encoder_weights")
-        origin = find_family(backbone).published[backbone]["url"] if backbone else None
-        advice = f"download {origin} ({backbone}) and pass its path" if origin else "none are published for it"
-        raise ValueError(f"encoder_weights takes a file: {advice} (model {name})")
-    if encoder_weights:
-        load_encoder(model, encoder_weights)
-    return model
-
-
-def _load(model: ModelFamily, pretrained: str | os.PathLike | None, reset_head: bool) -> None:
-    if pretrained is True:
-        origin = model.published.get(model.variant or "", {}).get("url")
-        advice = f"download {origin} and pass its path" if origin else "no official weights are published for it"
-        raise ValueError(f"pretrained takes a file: {advice} (model {model.variant})")
-    if pretrained:
-        load_weights(model, pretrained, reset_head=reset_head)
+    encoder_weights: bool | str | os.PathLike | None,
+    cache_dir: str | os.PathLike | None,
+) -> str | os.PathLike | None:
+    """File of the weights for the encoder of U-Net `name`; the published ones are fetched."""
+    if encoder_weights is not True:
+        return encoder_weights or None
+    backbone = cls.published.get(name, {}).get("encoder_weights")
+    if backbone is None:
+        raise ValueError(f"encoder_weights takes a file: none are published for it (model {name})")
+    return fetch_weights(find_family(backbone), backbone, cache_dir=cache_dir)
 
 
 def _has_original(cls: type[ModelFamily]) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.models import adapt_input_conv
 from torch import nn
 
 from .backbones.family import ModelFamily
@@ -41,6 +42,7 @@ class LoadReport:
         missing: our names that the checkpoint does not have.
         unexpected: names that the model does not have.
         mismatched: our name, shape in the checkpoint, shape in the model.
+        adapted: those of `loaded` that were made for images of another number of channels.
     """
 
     source: str
@@ -49,6 +51,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -57,6 +60,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        lines += [f"  adapted to other channels of the image: {_preview(self.adapted)}"] * bool(self.adapted)
         lines += [f"  ignored, {rule}: {_preview(names)}" for rule, names in self.ignored.items()]
         lines += [f"  missing from the file: {_preview(self.missing)}"] * bool(self.missing)
         lines += [f"  not in the model: {_preview(self.unexpected)}"] * bool(self.unexpected)
@@ -94,7 +98,8 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
         ]
         listing = f" Checkpoints in that folder: {_preview(sorted(near))}." if near else ""
         raise FileNotFoundError(f"no checkpoint file {path}.{listing}")
-    head = path.open("rb").read(512)
+    with path.open("rb") as opened:
+        head = opened.read(512)
     if not head:
         raise CheckpointError(f"{path} is empty: the download or copy failed; fetch it again")
     if head.lstrip()[:1] == b"<":
@@ -204,11 +209,12 @@ def _explain_misfit(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> 
     keys = set(tensors)
     if not model.recognises(keys):
         known = [*BACKBONES.module_dict.values(), *UNETS.module_dict.values()]
-        owner = next((cls for cls in known if cls.recognises(keys)), None)
-        if owner is None:
+        owners = [cls for cls in known if cls.recognises(keys)]  # families of like blocks may share all names it knows
+        if not owners:
             return f"this is no {model.family} checkpoint: its keys begin with {_preview(sorted(keys), 3)}"
-        names = [cls.family if owner.family != model.family else cls.__name__ for cls in (model.registered(), owner)]
-        return f"this is no {names[0]} checkpoint: it looks like a {names[1]} checkpoint"
+        within = any(owner.family == model.family for owner in owners)
+        own, *names = (cls.__name__ if within else cls.family for cls in (model.registered(), *owners))
+        return f"this is no {own} checkpoint: it looks like a {' or '.join(dict.fromkeys(names))} checkpoint"
     ours = model.own_keys(dict(tensors))
     for name, settings in model.variants.items():
         if name == model.variant:
@@ -239,6 +245,7 @@ def load_state_dict(
     source: str = "state dict",
     strict: bool = True,
     reset_head: bool = False,
+    adapt_input: bool = False,
 ) -> LoadReport:
     """Load an official state dict, or one of ours, into a backbone or a U-Net.
 
@@ -254,6 +261,8 @@ def load_state_dict(
         strict: raise when a key is neither loaded nor ignored by a rule.
         reset_head: keep the model's fresh classifier when the file's has another number of classes or another form (two
             classifiers where there was a teacher, say), or when there is none.
+        adapt_input: make the first convolution, of images of 3 channels in the file, one for the model's: summed up for
+            1 channel, repeated for more.
 
     Raises:
         CheckpointError: another family's or variant's weights, or, if strict, any key left over.
@@ -267,6 +276,7 @@ def load_state_dict(
     for part, keys in parts.items():
         report.ignored[f"part of another model, {part}"] = keys
     accepted: dict[str, torch.Tensor] = {}
+    first_conv = getattr(model, "first_conv", None)
     for key, value in given.items():
         if key not in wanted:
             rule = _rule_for_extra(model, key)
@@ -280,6 +290,9 @@ def load_state_dict(
         target = wanted[key]
         if key.endswith("pos_embed.table") and value.ndim == 4 and value.shape[:2] == target.shape[:2]:
             value = resample_position_table(value, *target.shape[2:])
+        if adapt_input and key == f"{first_conv}.weight" and value.shape != target.shape and value.shape[1] == 3:
+            value = adapt_input_conv(target.shape[1], value)
+            report.adapted.append(key)
         if value.shape != target.shape:
             if reset_head and key.startswith("head."):
                 report.ignored.setdefault("classifier of another size, re-initialised", []).append(key)
@@ -336,6 +349,7 @@ def load_weights(
     strict: bool = True,
     reset_head: bool = False,
     ema: bool | None = None,
+    adapt_input: bool = False,
     verbose: bool = True,
 ) -> LoadReport:
     """Load an official checkpoint file, or one of ours, into a backbone or a U-Net, and report on every key.
@@ -343,7 +357,7 @@ def load_weights(
     Args:
         model: model of the variant that the file belongs to.
         file: ``.safetensors`` or PyTorch checkpoint, with or without wrappers (see `unwrap`).
-        strict, reset_head: see `load_state_dict`.
+        strict, reset_head, adapt_input: see `load_state_dict`.
         ema: prefer averaged weights where the file has both; None: if the accuracy published for the variant is theirs,
             or none is published.
         verbose: print the report.
@@ -354,7 +368,8 @@ def load_weights(
     if ema is None:
         ema = model.published.get(model.variant or "", {}).get("ema", True)
     tensors = unwrap(read_checkpoint(file), str(file), ema=ema, prefixes=model.wrappers)
-    report = load_state_dict(model, tensors, source=str(file), strict=strict, reset_head=reset_head)
+    options: dict[str, bool] = dict(strict=strict, reset_head=reset_head, adapt_input=adapt_input)
+    report = load_state_dict(model, tensors, source=str(file), **options)
     if verbose:
         print(report)
     return report

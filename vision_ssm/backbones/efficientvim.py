@@ -208,9 +208,9 @@ class EfficientViM(Backbone):
     def build_head(self, num_classes: int) -> nn.Module:
         return HiddenStateHead(self.num_features, self.hidden_dims, num_classes, self.distilled)
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         before = self.head
-        super().reset_classifier(num_classes)
+        super().reset_classifier(num_classes, global_pool)
         if isinstance(before, HiddenStateHead) and isinstance(self.head, HiddenStateHead):
             self.head.norms = before.norms  # they know the features, not the classes
 
@@ -233,14 +233,19 @@ class EfficientViM(Backbone):
 
         The map, normalised in a classifier, comes alone where the blocks have no hidden states.
         """
+        return self.trace(x)[0]
+
+    def trace(self, x: torch.Tensor) -> tuple[torch.Tensor | list[torch.Tensor], list[torch.Tensor]]:
         maps, states = self._run_stages(x)
         features = self.norm(maps[-1]).permute(0, 3, 1, 2)
-        return [*states, features] if states else features
+        return [*states, features] if states else features, maps
 
     def forward_head(self, features: torch.Tensor | list[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
         """features: of `forward_features`. Returns logits, or the pooled map (B, C) if `pre_logits`."""
         *states, last = features if isinstance(features, list) else [features]
-        pooled = self.head_drop(last.mean(dim=(2, 3)))
+        if self.global_pool == "":
+            return last
+        pooled = self.head_drop(self.pool(last))
         if pre_logits or not isinstance(self.head, HiddenStateHead):
             return pooled
         return self.head(states, pooled)
@@ -340,7 +345,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _weights(size: str, recipe: str, identity: str, top1: float) -> dict[str, Any]:
     url = f"https://drive.google.com/file/d/{identity}/view"
-    return dict(url=url, file=f"EfficientViM_{size}_{recipe}.pth", top1_reported=top1)
+    tag = {} if recipe == "dist" else dict(tag=f"{recipe}_in1k")
+    return dict(tag, url=url, file=f"EfficientViM_{size}_{recipe}.pth", top1_reported=top1)
 
 
 def _published(size: str, recipe: str, identity: str, top1: float, *also: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from torch import nn
 from ..registry import BACKBONES, suggest
 
 _Model = TypeVar("_Model", bound="ModelFamily")
+WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+_OF_ONE_TRAINING = ("url", "file", "cached_as", "sha256", "tag", "ema", "also")
 
 
 def register_family(cls: type[_Model]) -> dict[str, Callable[..., _Model]]:
@@ -24,6 +26,7 @@ def register_family(cls: type[_Model]) -> dict[str, Callable[..., _Model]]:
         def create(**overrides: Any) -> _Model:
             model = cls(**cls.variant_settings(name, overrides))
             model.take_name(name)
+            model.overrides = overrides
             return model
 
         create.__name__ = create.__qualname__ = name
@@ -68,6 +71,11 @@ def build_variant(cls: type[_Model], name: str, **settings: Any) -> _Model:
     return getattr(inspect.getmodule(cls), name)(**settings)
 
 
+def points_to_file(url: str) -> bool:
+    """Whether a link is one to a weight file, and not to a page that a person downloads it from."""
+    return url.rsplit("/", 1)[-1].endswith(WEIGHT_FILES)
+
+
 class ModelFamily(nn.Module):
     """Base of all models that have named variants and official weights.
 
@@ -75,6 +83,7 @@ class ModelFamily(nn.Module):
         variant: name this model was created under.
         num_classes: outputs of the classifier.
         pretrained_cfg: what is known of the variant's images and published weights.
+        overrides: keywords that this model was built with in place of the variant's.
     """
 
     registry: ClassVar[Registry] = BACKBONES
@@ -84,11 +93,14 @@ class ModelFamily(nn.Module):
     variants: ClassVar[dict[str, dict[str, Any]]]
     """Constructor keywords of every published variant, and of the family's small test variant."""
     published: ClassVar[dict[str, dict[str, Any]]] = {}
-    """Official weights of a variant: url, file, reported top-1, and what else its `pretrained_cfg` should say.
+    """Official weights of a variant, as far as their authors say.
 
-    ``also`` lists further weights of the same variant in the same form, where another training of it is published.
+    ``url``: of the file, or of a page to download it from. ``file``: its name, and ``cached_as``: its name in the cache
+    where the published one says too little. ``top1_reported`` and the like, ``ema``: whether that is the accuracy of
+    averaged weights, ``license``, ``paper``, ``sha256``, ``input_size``, ``crop_pct``. ``also`` lists further weights
+    of the same variant in the same form, where another training of it is published; each then has a ``tag``.
     """
-    default_cfg: ClassVar[dict[str, Any]] = {}
+    common_cfg: ClassVar[dict[str, Any]] = {}
     """What the `pretrained_cfg` of every variant begins with."""
     classifier_key: str = "head.weight"
     """A tensor of the classifier whose first size is the number of classes."""
@@ -100,6 +112,7 @@ class ModelFamily(nn.Module):
     variant: str | None
     num_classes: int
     pretrained_cfg: dict[str, Any]
+    overrides: dict[str, Any]
     features_only: bool = False
     out_indices: list[int]
     head: nn.Module
@@ -128,10 +141,27 @@ class ModelFamily(nn.Module):
             settings["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
         return settings
 
-    def take_name(self, name: str) -> None:
-        """Go by the name of a variant from now on."""
+    def take_name(self, name: str, tag: str = "") -> None:
+        """Go by the name of a variant from now on; `tag` says which of several published weights it has."""
         self.variant = name
-        self.pretrained_cfg = {**self.default_cfg, **self.published.get(name, {})}
+        self.pretrained_cfg = {**self.common_cfg, **self.published.get(name, {})}
+
+    @classmethod
+    def weights_of(cls, name: str) -> dict[str, dict[str, Any]]:
+        """Weights that are published of variant `name`, in the form of `published`, by tag; the default comes first.
+
+        The tag is empty where there are only one. Every entry has a ``file``, its name in the cache.
+        """
+        first = cls.published.get(name, {})
+        if "url" not in first:
+            return {}
+        kept = {key: first[key] for key in first if key not in _OF_ONE_TRAINING and not key.endswith("_reported")}
+        found = {}
+        for entry in (first, *first.get("also", ())):
+            tag = entry.get("tag", "")
+            file = entry.get("cached_as") or entry.get("file") or (f"{name}.{tag}.pth" if tag else f"{name}.pth")
+            found[tag] = {**kept, **{key: value for key, value in entry.items() if key != "also"}, "file": file}
+        return found
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:

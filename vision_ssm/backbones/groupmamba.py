@@ -143,18 +143,23 @@ class GroupMamba(Backbone):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, in_chans, H, W). Returns the raw last map, (B, C, H', W')."""
-        return self.forward_stages(x)[-1].permute(0, 3, 1, 2)
+    def trace(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        outputs = self.forward_stages(x)
+        return outputs[-1].permute(0, 3, 1, 2), outputs  # the norm comes behind the class block
 
-    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """features: (B, C, H', W') of `forward_features`. Returns logits, or the normalised output of the class block,
-        (B, C), if `pre_logits`. A distilled model returns a pair of logits in training."""
-        pooled = features.mean(dim=(2, 3))
-        if self.class_block is not None:
-            pooled = self.norm(self.class_block(pooled))
-        pooled = self.head_drop(pooled)
-        return pooled if pre_logits else self.head(pooled)
+    def end_norm(self, index: int) -> nn.Module:
+        return nn.Identity()
+
+    def pool(self, features: torch.Tensor) -> torch.Tensor:
+        """features: (B, C, H', W') of `forward_features`. Returns the normalised output of the class block, (B, C)."""
+        pooled = super().pool(features)
+        return pooled if self.class_block is None else self.norm(self.class_block(pooled))
+
+    def prune_intermediate_layers(self, *args: Any, **options: Any) -> list[int]:
+        left = super().prune_intermediate_layers(*args, **options)
+        if self.global_pool == "":
+            self.class_block = None  # part of the pooling
+        return left
 
     def group_matcher(self, coarse: bool = False) -> dict:
         matcher = super().group_matcher(coarse)
@@ -193,7 +198,7 @@ class GroupMamba(Backbone):
 
     def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         keys = self.official_keys(state_dict)
-        last = str(len(self.feature_info) - 1)
+        last = str(len(self.stage_info) - 1)
         if last not in self.out_norms:
             return keys
         return {re.sub(r"^norm\.", f"out_norms.{last}.", key): value for key, value in keys.items()}

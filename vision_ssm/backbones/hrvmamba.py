@@ -207,7 +207,7 @@ class HRVMamba(Backbone):
         outputs = (*neck_dims[:-1], num_features) if sums else dims
         norm, last_width = "layer" if self.features_only else "none", None if self.neck is None else num_features
         self.finish(outputs, _STRIDES, norm, num_features=last_width)
-        for info in self.feature_info:
+        for info in self.stage_info:
             info["module"] = "neck" if sums else f"stages.{len(_STRIDES) - 1}"
 
     def default_out_indices(self) -> list[int]:
@@ -221,8 +221,10 @@ class HRVMamba(Backbone):
         needed = range(last + 1) if self.maps == "sums" else self.out_indices
         for row in [row for row in fusion if int(row) not in needed]:
             del fusion[row]
-        if self.neck is not None:
+        if self.neck is not None and self.maps == "sums":
             self.neck.keep(last + 1)
+        else:
+            self.neck = None  # it makes the vector for the classifier alone
 
     def built_maps(self) -> list[int]:
         return [int(row) for row in self._last_fusion()]
@@ -246,9 +248,14 @@ class HRVMamba(Backbone):
             maps = stage(maps)
         return maps
 
-    def _last_map(self, x: torch.Tensor) -> torch.Tensor:
+    def trace(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         maps = self._branches(x)
-        return maps[-1] if self.neck is None else self.neck(maps)[-1]
+        sums = maps if self.neck is None else self.neck(maps)
+        outputs = dict(zip(self.built_maps(), sums if self.maps == "sums" else maps, strict=True))
+        return sums[-1].permute(0, 3, 1, 2), outputs
+
+    def end_norm(self, index: int) -> nn.Module:
+        return nn.Identity()
 
     def group_matcher(self, coarse: bool = False) -> dict:
         groups = super().group_matcher(coarse)
@@ -389,15 +396,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "hrvmamba_base": _classifier("base", "1jbXjvCBdjgraeEaJrDjD2wStpxJtCEuy", 224, 84.2),
     "hrvmamba_tiny_pose": _weights("1cj6VPnSiyCDQHuDEZIIytyEQO-Xr-pPO", 256, 192, coco_ap_reported=69.5),
     "hrvmamba_small_pose": _weights(
-        "1L3CO3D4L1Q1galRaSC82taDDqFqmukKt", 256, 192, coco_ap_reported=74.6, also=[
-            _weights("1aqkUoQog4hl1dSbkUkwQvlwgistpxtzQ", 384, 288, coco_ap_reported=76.4),
-            _weights("1J4OoX8QeclHUGeBOTU8twPX8T7DYZ2EV", 640, crowdpose_ap_reported=68.8),
+        "1L3CO3D4L1Q1galRaSC82taDDqFqmukKt", 256, 192, coco_ap_reported=74.6, tag="coco_256x192", also=[
+            _weights("1aqkUoQog4hl1dSbkUkwQvlwgistpxtzQ", 384, 288, coco_ap_reported=76.4, tag="coco_384x288"),
+            _weights("1J4OoX8QeclHUGeBOTU8twPX8T7DYZ2EV", 640, crowdpose_ap_reported=68.8, tag="crowdpose"),
         ],
     ),
     "hrvmamba_base_pose": _weights(
-        "14JE7v6jdxtJaEMJCatqbmuhLkfBYVBOX", 256, 192, coco_ap_reported=76.5, also=[
-            _weights("161d_LhWBBvBOSXxPBGRBNCjYr8PP0w9c", 384, 288, coco_ap_reported=77.7),
-            _weights("1Xbuj1-NWg9ivCzUFaLUGc-eQp0d0146j", 640, crowdpose_ap_reported=69.6),
+        "14JE7v6jdxtJaEMJCatqbmuhLkfBYVBOX", 256, 192, coco_ap_reported=76.5, tag="coco_256x192", also=[
+            _weights("161d_LhWBBvBOSXxPBGRBNCjYr8PP0w9c", 384, 288, coco_ap_reported=77.7, tag="coco_384x288"),
+            _weights("1Xbuj1-NWg9ivCzUFaLUGc-eQp0d0146j", 640, crowdpose_ap_reported=69.6, tag="crowdpose"),
         ],
     ),
     "hrvmamba_base_seg": _weights("1O288Y_VhuWRtTXO2WpTbGkEwEn2raik-", 512, ade20k_miou_reported=51.4),

@@ -102,7 +102,7 @@ class MSVMamba(VMamba):
             conv_mlp_ratio=conv_mlp_ratio, conv_mlp_dropout=conv_mlp_dropout, post_norm=post_norm
         )
         super().__init__(mlp_ratio=mlp_ratio, **options)
-        stages = range(len(self.feature_info))
+        stages = range(len(self.stage_info))
         if unknown := sorted((self.multi_scale_stages or set()) - set(stages)):
             raise ValueError(f"multi_scale_stages are numbers of stages in 0..{stages[-1]}, got {unknown}")
 
@@ -227,19 +227,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _PAPER = "arXiv:2405.14174"
 
 
-def _on_drive(folder: str, top1: float, file: str = "a folder with checkpoint and log") -> dict[str, Any]:
-    return dict(url=f"https://drive.google.com/drive/folders/{folder}", file=file, top1_reported=top1, paper=_PAPER)
+def _on_drive(folder: str, top1: float, **facts: Any) -> dict[str, Any]:
+    return dict(url=f"https://drive.google.com/drive/folders/{folder}", top1_reported=top1, paper=_PAPER, **facts)
 
 
 def _on_hub(size: str, top1: float) -> dict[str, Any]:
     file = f"msvmambav3_{size}_224.pth"
-    url = f"https://huggingface.co/YuhengSSS/MSVMamba/blob/main/{file}"
+    url = f"https://huggingface.co/YuhengSSS/MSVMamba/resolve/main/{file}"
     return dict(url=url, file=file, top1_reported=top1, ema=True, paper=_PAPER)
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "msvmamba_nano": _on_drive("1J41w3ApitQhp2O3wHmJoOs4U032uqebK", 77.3),
-    "msvmamba_micro_d64": _on_drive("1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk", 79.8, "vssm_micro_ms_e300.pth"),
+    "msvmamba_micro_d64": _on_drive("1jfl2GmuKcUB8sPwRlyHK_wT0MjqgljYk", 79.8, file="vssm_micro_ms_e300.pth"),
     "msvmamba_tiny": _on_drive("1ddNWk89ohcxxMuVEaJ2Y5A6xeBKgA7lU", 82.8),
     "msvmambav3_tiny": _on_hub("tiny", 83.0),
     "msvmambav3_small": _on_hub("small", 84.1),

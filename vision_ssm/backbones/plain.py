@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
+from timm.models import FeatureInfo, PretrainedCfg
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -138,7 +139,7 @@ class PlainBackbone(Backbone):
         return converted
 
     def default_out_indices(self) -> list[int]:
-        count = len(self.feature_info)
+        count = len(self.stage_info)
         maps = min(_FEATURE_MAPS, count)
         return [count * (i + 1) // maps - 1 for i in range(maps)]
 
@@ -146,11 +147,24 @@ class PlainBackbone(Backbone):
     def out_info(self) -> list[dict[str, Any]]:
         if self.pyramid is None:
             return super().out_info
-        stride: int = self.feature_info[0]["reduction"]
+        stride: int = self.stage_info[0]["reduction"]
         return [
             dict(num_chs=self.num_features, reduction=int(stride / scale), module=f"pyramid.levels.{i}")
             for i, scale in enumerate(SCALES)
         ]
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        if self.pyramid is None:
+            return super().feature_info
+        return FeatureInfo(self.out_info, range(len(SCALES)))
+
+    def pool_size(self, settings: PretrainedCfg) -> tuple[int, ...] | None:
+        return super().pool_size(settings) if self.cls_token is None else None
+
+    @property
+    def own_pool(self) -> str:
+        return "avg" if self.cls_token is None else "token"
 
     def embed(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenLayout | None, tuple[int, int]]:
         """x: images. Returns the stream that enters the first block, the layout of its tokens (None if it is a map),
@@ -189,12 +203,12 @@ class PlainBackbone(Backbone):
         return x
 
     def _walk(
-        self, x: torch.Tensor, wanted: Sequence[int]
+        self, x: torch.Tensor, wanted: Sequence[int], whole: bool = False
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, Branch | None, TokenLayout | None]]:
-        """Maps of the `wanted` blocks; stream, branch and layout behind the last block if nothing is wanted."""
+        """Maps of the `wanted` blocks; stream, branch and layout behind the last of these, or of all (`whole`, or none)."""
         x, layout, size = self.embed(x)
         branch, maps = None, {}
-        for i in range(max(wanted) + 1 if wanted else len(self.stages)):
+        for i in range(max(wanted) + 1 if wanted and not whole else len(self.stages)):
             x, branch = self.run_block(i, x, branch, layout)
             if i in wanted:
                 source = self.source_of(i)
@@ -204,48 +218,39 @@ class PlainBackbone(Backbone):
                 maps[i] = self._block_map(x, branch, layout, size, source)
         return maps, (x, branch, layout)
 
-    def forward_intermediates(self, x: torch.Tensor, out_indices: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """Maps of the blocks `out_indices`, in order, each (B, C, H', W'), at one stride unless there is a pyramid.
-
-        They carry the output norms of a `features_only` model and are raw in a classifier. By default the blocks the
-        model was built for.
-        """
-        indices = self.out_indices if out_indices is None else self._resolve_indices(out_indices)
-        if indices[-1] >= len(self.stages):
-            raise ValueError(f"this model was built for out_indices={self.out_indices} and has no block {indices[-1]}")
-        found, _ = self._walk(x, indices)
-        maps = [self.map_norm(i)(found[i]) for i in indices]
+    def collect(
+        self, x: torch.Tensor, indices: Sequence[int], norm: bool | None, whole: bool
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        found, end = self._walk(x, indices, whole)
+        maps = [self.map_norm(i, norm)(found[i]) for i in indices]
         if self.pyramid is not None:
             sizes = [[-(-side // info["reduction"]) for side in x.shape[2:]] for info in self.out_info]
             # without the cells that only padding of the image fills
             maps = [m[:, :height, :width] for m, (height, width) in zip(self.pyramid(maps), sizes)]
-        return [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')
+        features = self._features(*end) if whole else None
+        return features, [m.permute(0, 3, 1, 2).contiguous() for m in maps]  # (B, C, H', W')
 
-    def map_norm(self, index: int) -> nn.Module:
-        """What normalises the map of block `index` before it is returned."""
-        return self.out_norms[str(index)] if str(index) in self.out_norms else nn.Identity()
+    def end_norm(self, index: int) -> nn.Module:
+        return self.norm  # blocks have one width
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in_chans, H, W). Returns the normalised end of the stream.
 
         A map, (B, C, H', W'), or the sequence (B, T, C) of a model with class tokens.
         """
-        _, (x, branch, layout) = self._walk(x, ())
+        return self._features(*self._walk(x, ())[1])
+
+    def _features(self, x: torch.Tensor, branch: Branch | None, layout: TokenLayout | None) -> torch.Tensor:
         features = add_norm(self.norm, x, *(branch or ()))[1]
         return features.permute(0, 3, 1, 2) if layout is None else features
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         """features: of `forward_features`. Returns the vector that the classifier sees, (B, C)."""
         if features.dim() == 4:
-            return features.mean(dim=(2, 3))
+            return super().pool(features)
         count = 0 if self.cls_token is None else self.cls_token.tokens.shape[1]
         positions = TokenLayout(1, features.shape[1] - count, self.class_tokens).positions
         return torch.stack([features[:, place] for place in positions]).mean(0)
-
-    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """features: of `forward_features`. Returns logits, or the pooled (B, C) if `pre_logits`."""
-        pooled = self.head_drop(self.pool(features))
-        return pooled if pre_logits else self.head(pooled)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of keeping them."""

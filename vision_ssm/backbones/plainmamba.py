@@ -135,7 +135,7 @@ class PlainMamba(PlainBackbone):
         self.finish_plain(blocks, dim, patch_size, grid_size, norm_eps=_NORM_EPS)
         last = depth - 1
         if norm_indices is not None:
-            self.out_indices = self._resolve_indices(norm_indices)
+            self.out_indices = self.resolve_indices(norm_indices)
             own = [i for i in self.out_indices if i != last]
             self.out_norms.update({str(i): get_norm("layer", dim, _NORM_EPS) for i in own})
         elif str(last) in self.out_norms:
@@ -144,10 +144,10 @@ class PlainMamba(PlainBackbone):
         if not final_norm:
             self.norm = nn.Identity()
 
-    def map_norm(self, index: int) -> nn.Module:
-        if self._normed_end and index == len(self.feature_info) - 1:
+    def map_norm(self, index: int, norm: bool | None = None) -> nn.Module:
+        if norm is not False and self._normed_end and index == len(self.stage_info) - 1:
             return self.norm
-        return super().map_norm(index)
+        return super().map_norm(index, norm)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that are never decayed: those of `Backbone.no_weight_decay`, and the biases of directions."""
@@ -270,7 +270,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _published(file: str, top1: float, ema: bool) -> dict[str, Any]:
     url = f"https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/{file}"
-    return dict(url=url, file=file, top1_reported=top1, ema=ema, paper="arXiv:2403.17695")
+    names = dict(url=url, file=file, cached_as=f"plainmamba_{file}")
+    return dict(names, top1_reported=top1, ema=ema, paper="arXiv:2403.17695")
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -137,6 +137,10 @@ class PLSTM(PlainBackbone):
         return self.num_features * (len(_CORNERS) if self._sees_corners else 1)
 
     @property
+    def own_pool(self) -> str:
+        return "corners" if self._sees_corners else super().own_pool
+
+    @property
     def _sees_corners(self) -> bool:
         return self.pooling == "corners" and self.class_tokens == "none"
 
@@ -159,12 +163,12 @@ class PLSTM(PlainBackbone):
             nn.init.normal_(module.pos_embed.table, std=math.sqrt(2 / (5 * module.pos_embed.table.shape[1])))
 
     def default_out_indices(self) -> list[int]:
-        return [len(self.feature_info) - 1] if self._normed_map else super().default_out_indices()
+        return [len(self.stage_info) - 1] if self._normed_map else super().default_out_indices()
 
-    def map_norm(self, index: int) -> nn.Module:
-        if self._normed_map and index == len(self.feature_info) - 1:
+    def map_norm(self, index: int, norm: bool | None = None) -> nn.Module:
+        if norm is not False and self._normed_map and index == len(self.stage_info) - 1:
             return self.norm
-        return super().map_norm(index)
+        return super().map_norm(index, norm)
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
         if not self._sees_corners:

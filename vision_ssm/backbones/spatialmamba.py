@@ -147,7 +147,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def _published(drive: str, top1: float) -> dict[str, Any]:
     url = f"https://drive.google.com/file/d/{drive}/view"
-    return dict(url=url, file="Google Drive", top1_reported=top1, license="apache-2.0", paper="arXiv:2410.15091")
+    return dict(url=url, top1_reported=top1, license="apache-2.0", paper="arXiv:2410.15091")
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -248,21 +248,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _weights(name: str, top1: float) -> dict[str, Any]:
+def _weights(name: str, top1: float, **facts: Any) -> dict[str, Any]:
     file = f"vssd_{name}.pth"
-    return dict(url=f"https://huggingface.co/YuhengSSS/VSSD/resolve/main/{file}", file=file, top1_reported=top1)
+    url = f"https://huggingface.co/YuhengSSS/VSSD/resolve/main/{file}"
+    return dict(url=url, file=file, top1_reported=top1, **facts)
 
 
 def _published(size: str, top1: float, top1_with_mesa: float) -> dict[str, Any]:
     """Averaged weights, and beside them those that also learned from their average (MESA)."""
-    also = [_weights(f"{size}_e300_with_mesa", top1_with_mesa)]
-    return dict(_weights(f"{size}_best_ema", top1), ema=True, paper=_PAPER, also=also)
+    also = [_weights(f"{size}_e300_with_mesa", top1_with_mesa, tag="mesa_in1k")]
+    return _weights(f"{size}_best_ema", top1, tag="ema_in1k", ema=True, paper=_PAPER, also=also)
 
 
 _PAPER = "arXiv:2407.18559"
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "vssd_micro_d48": dict(_weights("micro_best", 82.5), ema=False, paper=_PAPER),
+    "vssd_micro_d48": _weights("micro_best", 82.5, ema=False, paper=_PAPER),
     "vssd_tiny": _published("tiny", 83.6, 84.1),
     "vssd_small": _published("small", 84.1, 84.5),
     "vssd_base": _published("base", 84.7, 85.4),

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from vision_ssm.factory import create_model, find_family, list_models
+from vision_ssm.backbones.family import points_to_file
+from vision_ssm.factory import create_model, find_any, list_models, list_unets
 from vision_ssm.registry import SCANS, suggest
 from vision_ssm.weights import load_weights
 
@@ -220,31 +221,57 @@ def describe_scan(mixer: Any) -> str:
     return f"{name} ({', '.join(details)})" if details else name
 
 
+def describe_weights(name: str) -> str:
+    """In a word or two, what official weights of a backbone or U-Net there are; ``"-"`` if none."""
+    family = find_any(name)
+    if "encoder_weights" in family.published.get(name, {}):
+        return "encoder"
+    found = family.weights_of(name)
+    kinds = {tag: "download" if points_to_file(entry["url"]) else "page" for tag, entry in found.items()}
+    return ", ".join(f"{kind} (.{tag})" if tag else kind for tag, kind in kinds.items()) or "-"
+
+
 def list_models_command(argv: Sequence[str] | None = None) -> int:
     """List models."""
     parser = command_parser(
-        "List the models of the library with family, parameters and scan.",
+        "List the backbones and U-Nets of the library with family, parameters, scan and official weights: 'download' "
+        "is what create_model(NAME, pretrained=True) fetches, 'page' what is to be downloaded with a browser, "
+        "'encoder' what encoder_weights=True fetches.",
         """  list_models.py
   list_models.py 'vmamba_*'
-  list_models.py '*tiny*' --num-classes 10""",
+  list_models.py '*unet*'
+  list_models.py '*tiny*' --num-classes 10
+  list_models.py --pretrained                           with official weights only""",
     )
     parser.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, for example 'vmamba_*'")
-    parser.add_argument("--num-classes", type=int, default=1000, help="classes of the counted model (default 1000)")
+    parser.add_argument(
+        "--num-classes", type=int, help="classes of the counted models (default 1000, of a U-Net as it is published)"
+    )
+    parser.add_argument("--pretrained", action="store_true", help="only models with official weights")
     args = parser.parse_args(argv)
-    names = list_models(args.pattern)
+    names = [*list_models(args.pattern), *list_unets(args.pattern)]
     if not names:
-        print(f"error: no model matches {args.pattern!r}.{suggest(args.pattern, list_models())}", file=sys.stderr)
+        known = [*list_models(), *list_unets()]
+        print(f"error: no model matches {args.pattern!r}.{suggest(args.pattern, known)}", file=sys.stderr)
         return 1
-    table = Table("model", "family", "parameters", "width", "scan", "reported top-1, %", title=f"{len(names)} models")
+    weights = {name: describe_weights(name) for name in names}
+    if args.pretrained:
+        names = [name for name in names if weights[name] != "-"]
+        if not names:
+            print(f"error: of no model that matches {args.pattern!r} weights are published", file=sys.stderr)
+            return 1
+    columns = ("model", "family", "parameters", "width", "scan", "reported top-1, %", "official weights")
+    table = Table(*columns, title=f"{len(names)} models")
     for name in names:
-        family = find_family(name)
+        family = find_any(name)
         with torch.device("meta"):
             model = create_model(name, num_classes=args.num_classes)
         count = sum(parameter.numel() for parameter in model.parameters())
         mixers = [module.mixer for module in model.modules() if getattr(module, "mixer", None) is not None]
         scans = sorted({describe_scan(mixer) for mixer in mixers})
-        reported = model.pretrained_cfg.get("top1_reported")
-        widths = "-".join(str(stage["num_chs"]) for stage in model.feature_info)
-        table.add_row(name, family.family, f"{count:,}", widths, ", ".join(scans), str(reported or "-"))
+        reported = family.published.get(name, {}).get("top1_reported")
+        channels = [str(stage["num_chs"]) for stage in model.feature_info]
+        widths = "-".join(channels) if len(set(channels)) > 1 else f"{channels[0]} x {len(channels)}"
+        table.add_row(name, family.family, f"{count:,}", widths, ", ".join(scans), str(reported or "-"), weights[name])
     wide_console().print(table)
     return 0

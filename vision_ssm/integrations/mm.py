@@ -172,6 +172,7 @@ class DenseBackbone(Backbone):
         settings = dict(overrides, features_only=True, num_classes=0, out_indices=out_indices)
         super().__init__(**self.variant_settings(variant, settings))
         self.take_name(variant)
+        self.overrides = settings
         _pretrained(init_cfg)
         self.init_cfg = init_cfg
         self.frozen_stages = self._check_frozen(frozen_stages)

@@ -85,7 +85,7 @@ class UNet(ModelFamily):
     """
 
     registry = UNETS
-    default_cfg = dict(input_size=(3, 224, 224))
+    common_cfg = dict(input_size=(3, 224, 224))
     classifier_key = "head.scores.weight"
     classifier_parts = ()
     wrappers = ("module.", "_orig_mod.", "model.", "_model.", "unet.")
@@ -103,6 +103,7 @@ class UNet(ModelFamily):
         self.in_chans = in_chans
         self.deep_supervision = deep_supervision
         self.variant = None
+        self.overrides = {}
         self.pretrained_cfg = {}
 
     def finish(self, dims: Sequence[int], reductions: Sequence[int], head_dim: int) -> None:
