@@ -388,3 +388,22 @@ def test_import_brings_no_onnx():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(vision_ssm.__file__).parent.parent, timeout=120
     )
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_command_writes_folders_of_timm(tmp_path, capsys):
+    import timm
+
+    model = lively("vssd_micro", num_classes=3)
+    meta = dict(dataset_meta=dict(classes=["a", "b", "c"]))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), tmp_path / "epoch_1.pth")
+    arguments = ["timm", "vssd_micro", "--checkpoint", str(tmp_path / "epoch_1.pth"), "--output", str(tmp_path / "folder")]
+    assert export(arguments) == 0
+    assert "local-dir:" in capsys.readouterr().out
+    built = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    x = images(2)
+    with torch.no_grad():
+        torch.testing.assert_close(built(x), model.eval()(x))
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["label_names"] == ["a", "b", "c"]
+    assert "already" in fails(capsys, *arguments)
+    assert export([*arguments, "--overwrite"]) == 0
+    assert "backbones" in fails(capsys, "timm", "plain_unet_micro", "--output", tmp_path / "unet")
