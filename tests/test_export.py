@@ -27,13 +27,17 @@ from vision_ssm.ops.registration import replaced_operators
 from vision_ssm.ops.torch_plstm import plstm2d_reference
 
 MODELS = [*vision_ssm.list_models("*_micro"), *vision_ssm.list_unets("*_micro")]
-# ONNX takes 5 to 60 s of a core per model: these have all operators between them but dcnv4, which has a test of its own
-QUICK = ("lbvim_micro", "efficientvim_micro", "vssd_micro", "plain_unet_micro")
+# ONNX takes 10 s of a core for most models, TorchScript 2 s: it is what every family is tried with each time
+QUICK = ("lbvim_micro", "plain_unet_micro")
 SIZE = (32, 48)
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="needs the extra export",
 )
+
+
+def slow_if(condition):
+    return [pytest.mark.slow] if condition else []
 
 
 def lively(name, **options):
@@ -145,7 +149,7 @@ def test_replacement_ends_with_its_block():
 # Files
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name == "hrvmamba_micro")) for name in MODELS])
 def test_torchscript(name, tmp_path):
     model = lively(name)
     about = doors.export_torchscript(model, tmp_path / "model.pt", size=SIZE)
@@ -158,7 +162,7 @@ def test_torchscript(name, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name not in QUICK)) for name in MODELS])
 def test_onnx(name, tmp_path):
     import onnx
 
@@ -177,6 +181,14 @@ def test_onnx(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scan", vision_ssm.list_scans())
+def test_any_scan(scan, tmp_path):
+    for name in ("vmamba_micro", "vim_micro"):
+        model = lively(name, scan=scan)
+        doors.export_torchscript(model, tmp_path / "model.pt", size=(40, 72), overwrite=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("standalone", [True, False], ids=["standalone", "with nodes"])
 def test_program(name, standalone, tmp_path):
@@ -188,7 +200,7 @@ def test_program(name, standalone, tmp_path):
 
 def test_programs_with_and_without_the_library(tmp_path):
     model = lively("lbvim_micro")
-    doors.export_program(model, tmp_path / "nodes.pt2", size=SIZE)
+    doors.export_program(model, tmp_path / "nodes.pt2", size=SIZE, check=False)
     doors.export_program(model, tmp_path / "alone.pt2", size=SIZE, standalone=True)
     nodes = [str(node.target) for node in torch.export.load(tmp_path / "nodes.pt2").graph.nodes]
     assert "vision_ssm.local_selective_scan.default" in nodes
@@ -218,30 +230,44 @@ def test_onnx_maps_with_weights_beside(tmp_path):
     assert about["output_names"] == [f"map_{i}" for i in range(len(about["strides"]))] and about["opset"] == 20
 
 
+def compare_module(module, inputs, file):
+    """Write a module to an ONNX file as models are, and compare the two for one image; returns nodes before ONNX."""
+    import onnxruntime
+
+    with torch.no_grad(), replaced_operators(plain.OPERATORS):
+        shapes = ({0: torch.export.Dim("batch")},) * len(inputs)
+        program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    torch.onnx.export(program, f=file, opset_version=doors.DEFAULT_OPSET, verbose=False)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    few = [part[:1] for part in inputs]
+    got = session.run(None, {put.name: part.numpy() for put, part in zip(session.get_inputs(), few)})
+    with torch.no_grad():
+        agrees(got, module(*few))
+    return len(program.graph.nodes)
+
+
 @needs_onnx
 def test_onnx_dcnv4_and_long_scans(tmp_path):
     """One operator each, with what graphs of models have at their usual sizes."""
-    import onnxruntime
-
     tensors, operator, _ = dcnv4_inputs((2, 6, 7, 8), 2, {})
     scan = scan_2d_inputs(size=(56, 56), dim=4, states=1, norm=True)
 
     class Both(torch.nn.Module):
         def forward(self, value, offset_mask, x):
-            given = {name: part[:1].expand(len(x), *part.shape[1:]) for name, part in scan.items() if name in ("delta", "B", "C")}
+            given = {name: scan[name][:1].expand(x.shape[0], *scan[name].shape[1:]) for name in ("delta", "B", "C")}
             return operator(value=value, offset_mask=offset_mask), OPERATORS["scan_2d"][0](**scan | given | {"x": x})
 
-    inputs = (tensors["value"], tensors["offset_mask"], scan["x"])
-    with torch.no_grad(), replaced_operators(plain.OPERATORS):
-        shapes = ({0: torch.export.Dim("batch")},) * 3
-        program = torch.export.export(Both(), inputs, dynamic_shapes=shapes)
-    torch.onnx.export(program, f=tmp_path / "both.onnx", opset_version=doors.DEFAULT_OPSET, verbose=False)
-    session = onnxruntime.InferenceSession(str(tmp_path / "both.onnx"), providers=["CPUExecutionProvider"])
-    few = [part[:1] for part in inputs]
-    got = session.run(None, {put.name: part.numpy() for put, part in zip(session.get_inputs(), few)})
-    with torch.no_grad():
-        agrees(got, Both()(*few))
-    assert len(program.graph.nodes) < 400  # 3136 steps
+    nodes = compare_module(Both(), (tensors["value"], tensors["offset_mask"], scan["x"]), tmp_path / "both.onnx")
+    assert nodes < 400  # 3136 steps
+
+
+@needs_onnx
+def test_onnx_of_mamba_2_in_a_cascade(tmp_path):
+    """Its routes in the order of the cells must be added, not assigned."""
+    mixer = vision_ssm.build_scan("multi_direction", 8, core="ssd", routes="cascade", state_dim=2)
+    for parameter in mixer.core.parameters():
+        torch.nn.init.normal_(parameter)
+    compare_module(mixer.eval().requires_grad_(False), (torch.randn(2, 4, 5, 8),), tmp_path / "mixer.onnx")
 
 
 # Command and messages

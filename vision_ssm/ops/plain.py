@@ -124,7 +124,7 @@ def _visits(targets: Tensor, count: int) -> Tensor:
     return visits.index_put((rank, found), order)
 
 
-def _add_up(values: Tensor, write: Tensor, length: int, merge: bool) -> Tensor:
+def add_up(values: Tensor, write: Tensor, length: int, merge: bool) -> Tensor:
     """values (b, K, T, D) at the positions that they are written to: (b, L, D), or (b, L, K, D) if not `merge`."""
     count = write.shape[0]
     with disable_current_modes():
@@ -165,7 +165,7 @@ def scan_2d(
     read, write = read.long(), read if write is None else write
     x, delta, B, C = (_walk(part, read) for part in (x, delta, B, C))
     y, _ = _selective(x, _step_sizes(delta, dt_weight, dt_bias, delta_softplus), A, B, C, D, segment)
-    out = _add_up(y, write, length, merge)
+    out = add_up(y, write, length, merge)
     if norm_weight is None:
         return out
     norm_weight, norm_bias = _widened(x, norm_weight, norm_bias)
