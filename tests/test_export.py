@@ -199,7 +199,7 @@ def test_program(name, standalone, tmp_path):
 
 
 def test_programs_with_and_without_the_library(tmp_path):
-    model = lively("lbvim_micro")
+    model = lively("lbvim_micro", depth=1)
     doors.export_program(model, tmp_path / "nodes.pt2", size=SIZE, check=False)
     doors.export_program(model, tmp_path / "alone.pt2", size=SIZE, standalone=True)
     nodes = [str(node.target) for node in torch.export.load(tmp_path / "nodes.pt2").graph.nodes]
