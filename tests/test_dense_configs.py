@@ -154,7 +154,7 @@ def test_config_builds(name):
 def check_plain_backbone(cfg: Config, backbone: PlainBackbone) -> None:
     """Blocks whose maps are taken, what these maps are, and what the heads make of them, as in the originals."""
     family = cfg.model.backbone.type.removeprefix("vision_ssm.")
-    depth = len(backbone.feature_info)
+    depth = len(backbone.stage_info)
     four = {20: [4, 9, 14, 19], 24: [5, 11, 17, 23], 36: [8, 17, 26, 35]}[depth]
     assert backbone.out_indices == ([depth - 1] if cfg.model.type == "CascadeRCNN" else four)
     mixes = family in ("LBVim", "LocalVim") or (family == "Vim" and segments(cfg))

@@ -205,7 +205,7 @@ class PlainBackbone(Backbone):
     def _walk(
         self, x: torch.Tensor, wanted: Sequence[int], whole: bool = False
     ) -> tuple[dict[int, torch.Tensor], tuple[torch.Tensor, Branch | None, TokenLayout | None]]:
-        """Maps of the `wanted` blocks; stream, branch and layout behind the last of these, or of all (`whole`, or none)."""
+        """Maps of the `wanted` blocks; stream, branch and layout behind the last of them, or of all if `whole`."""
         x, layout, size = self.embed(x)
         branch, maps = None, {}
         for i in range(max(wanted) + 1 if wanted and not whole else len(self.stages)):
