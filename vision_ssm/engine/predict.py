@@ -1,17 +1,17 @@
 """Predictions for image files: from a run's config and checkpoint, or from a model's name and a weight file."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 
 from vision_ssm.data import EXTENSIONS, UnreadableImageError, build_transform, load_image, transform_settings
-from vision_ssm.factory import create_model, find_family
+from vision_ssm.factory import create_model, find_family, list_models
 from vision_ssm.registry import MODELS
 from vision_ssm.weights import load_weights, read_checkpoint, unwrap
 
@@ -40,38 +40,48 @@ def image_files(inputs: Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
-    """Names of the classes: those that training stored, else ImageNet's for 1000 classes, else numbers."""
+def stored_class_names(checkpoint: Any, count: int) -> tuple[str, ...] | None:
+    """Names of `count` classes that training stored in a checkpoint, if it did."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     stored = (meta.get("dataset_meta") or {}).get("classes", ()) if isinstance(meta, dict) else ()
-    if len(stored) == count:
-        return tuple(stored)
+    return tuple(stored) if count and len(stored) == count else None
+
+
+def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
+    """Names of the classes: those that training stored, else ImageNet's for 1000 classes, else numbers."""
+    if stored := stored_class_names(checkpoint, count):
+        return stored
     if count == IMAGENET_CLASSES:
         info = ImageNetInfo()
         return tuple(info.index_to_description(index).split(",")[0] for index in range(count))
     return tuple(f"class {index}" for index in range(count))
 
 
-def model_from_file(name: str, weights: str | Path, **overrides: Any) -> tuple[Any, Any]:
+def weights_form(name: str, tensors: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Classes, and channels of the images, of a state dict for model `name`; None where it does not tell."""
+    with torch.device("meta"):
+        model, other = create_model(name, in_chans=1), create_model(name, in_chans=2)
+    own, shapes = model.own_keys(dict(tensors)), {key: value.shape for key, value in other.state_dict().items()}
+    first = next(key for key, value in model.state_dict().items() if value.shape != shapes[key])
+    classes = own[model.classifier_key].shape[0] if model.classifier_key in own else None
+    return classes, own[first].shape[1] if first in own else None
+
+
+def model_from_file(name: str, weights: str | Path, *, verbose: bool = False, **overrides: Any) -> tuple[Any, Any]:
     """Model `name` with the weights of a file, official or ours, and what the file holds.
 
     Classes and channels are those of the file unless `overrides`, keywords of `create_model`, say otherwise. Without a
-    classifier in the file, a backbone is built for its maps alone.
+    classifier in the file, a backbone is built for its maps alone. `verbose` prints the report on all keys.
     """
     checkpoint = read_checkpoint(weights)
     with torch.device("meta"):
         sketch = create_model(name)
-    tensors = type(sketch).official_keys(unwrap(checkpoint, str(weights), prefixes=sketch.wrappers))
-    first = next((key for key, value in sketch.named_parameters() if value.ndim == 4), "")
-    found: dict[str, Any] = {}
-    if first in tensors:
-        found["in_chans"] = tensors[first].shape[1]
-    if sketch.classifier_key in tensors:
-        found["num_classes"] = tensors[sketch.classifier_key].shape[0]
-    elif not sketch.features_only:
+    classes, channels = weights_form(name, unwrap(checkpoint, str(weights), prefixes=sketch.wrappers))
+    found = {key: value for key, value in (("num_classes", classes), ("in_chans", channels)) if value is not None}
+    if classes is None and name in list_models() and not sketch.features_only:
         found["features_only"] = True
     model = create_model(name, **{**found, **overrides})
-    load_weights(model, weights, verbose=False)
+    load_weights(model, weights, verbose=verbose)
     return model, checkpoint
 
 

@@ -13,7 +13,8 @@ tensors; its ``forward`` returns them behind the outputs, and its ``backward`` t
 inputs. They are empty, (0,), where `save` is false or the implementation keeps nothing.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,29 @@ import vision_ssm.kernels as kernels
 from .backend import COMPOSED, select_backend
 
 _LIBRARY = torch.library.Library("vision_ssm", "FRAGMENT")
+_replaced: dict[str, Callable[..., Any]] = {}
+
+
+@contextlib.contextmanager
+def replaced_operators(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Within this block, in all threads, operators run these functions instead, and leave no nodes of their own.
+
+    Args:
+        functions: for the name of an operator, what takes the arguments of its schema and returns its outputs. Autograd
+            sees what they do.
+    """
+    before = dict(_replaced)
+    _replaced.update(functions)
+    try:
+        yield
+    finally:
+        _replaced.clear()
+        _replaced.update(before)
+
+
+def are_replaced() -> bool:
+    """Whether some operators run other functions now."""
+    return bool(_replaced)
 
 
 class Implementation(Protocol):
@@ -79,10 +103,11 @@ def register_operator(
         return kernels.find(name) if select_backend(tensor, name).name == "triton" else chunked
 
     def run(*inputs: Any) -> Any:
-        chosen = implementation(inputs[0])
+        replacement = _replaced.get(name)
+        chosen = implementation(inputs[0]) if replacement is None else chunked
         if chosen is chunked:
             with torch.autocast(inputs[0].device.type, enabled=False):
-                outputs = chosen.forward(*inputs)
+                outputs = (replacement or chunked.forward)(*inputs)
         else:
             outputs = chosen.forward(*inputs)
         results = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -170,6 +195,8 @@ def register_operator(
         backward = staticmethod(differentiate)
 
     def call(*inputs: Any) -> Any:
+        if name in _replaced:
+            return run(*inputs)
         if not _runs_directly():
             return forward(*inputs)
         return Direct.apply(*inputs) if wants_gradient(*inputs) else run(*inputs)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops.plain import add_up
+from ..ops.registration import are_replaced
 from ..ops.scan_2d import scan_2d
 from ..ops.ssd import ssd
 from .routes import Routes, RouteTable
@@ -234,7 +236,10 @@ class SSDCore(RouteCore):
             chunk_size=SSD_CHUNK,
         )
         y = y.reshape(batch, steps, count, dim)
-        merged = y.new_zeros(batch, length, dim)
-        for k in range(count):  # one route at a time: each cell is written once per route, so sums keep one order
-            merged.index_add_(1, table.write[k], y[:, :, k])
+        if are_replaced():  # onnxscript takes an addition at all cells in their order for an assignment
+            merged = add_up(y.transpose(1, 2), table.write, length, merge=True)
+        else:
+            merged = y.new_zeros(batch, length, dim)
+            for k in range(count):  # one route at a time: each cell is written once per route, so sums keep one order
+                merged.index_add_(1, table.write[k], y[:, :, k])
         return merged if norm is None else norm(merged)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
+from ..ops.registration import are_replaced
 from ..registry import ROUTES, build, lookup
 
 if TYPE_CHECKING:
@@ -81,6 +83,9 @@ class Routes:
         Raises:
             ValueError: the grid has no cell, or a side that is not a multiple of `multiple`.
         """
+        if are_replaced():  # what replaces operators looks into the tables, so the graph to be made has one size
+            with disable_current_modes():
+                return self._remembered(int(height), int(width), device)
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():  # an exported graph must own its tables: sizes may be symbolic
                 return self.make_tables(height, width, device)
