@@ -10,8 +10,12 @@ hand and stays.
 
 import argparse
 import difflib
+import multiprocessing
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from vision_ssm.analysis.cards import card_families, draw_figure, figure_is_current, fill_card
@@ -30,13 +34,14 @@ def main(argv: Sequence[str] | None = None, cards: Path = ROOT / "model_cards") 
     for name in arguments.families:
         if name not in known:
             parser.error(f"there is no card for a family {name!r}.{suggest(name, known)}")
-    stale = 0
-    for family in arguments.families or sorted(known):
-        path = cards / f"{family}.md"
+    families = arguments.families or sorted(known)
+    paths = [cards / f"{family}.md" for family in families]
+    for path in paths:
         if not path.is_file():
             parser.error(f"{path} is missing: write its text, with the marks of another card in it, and run this again")
-        before = path.read_text()
-        after = fill_card(family, before, ROOT / "configs")
+    pages = [path.read_text() for path in paths]
+    stale = 0
+    for path, before, after in zip(paths, pages, _filled(families, pages)):
         pictures = {cards / "figures" / f"{key}.png": figure for key, figure in figures_of(before).items()}
         old = [file for file, figure in pictures.items() if not figure_is_current(figure, file)]
         if arguments.check:
@@ -51,6 +56,16 @@ def main(argv: Sequence[str] | None = None, cards: Path = ROOT / "model_cards") 
     if stale:
         print(f"\n{stale} model cards are out of date: run tools/make_cards.py")
     return int(stale > 0)
+
+
+def _filled(families: Sequence[str], pages: Sequence[str]) -> list[str]:
+    """The pages with their generated parts; counting takes a core seconds for a family, so cores share them."""
+    fill = partial(fill_card, configs=ROOT / "configs")
+    workers = min(len(families), os.cpu_count() or 1)
+    if workers == 1:
+        return list(map(fill, families, pages))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(fill, families, pages))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def describe_variants(family: str) -> list[dict[str, Any]]:
 
 
 def _describe(cls: type[ModelFamily], name: str) -> dict[str, Any]:
-    image = {**cls.default_cfg, **cls.published.get(name, {})}["input_size"]
+    image = {**cls.common_cfg, **cls.published.get(name, {})}["input_size"]
     count = count_operations(partial(create_model, name), tuple(image[1:]))
     entry = dict(name=name, parameters=count.parameters, macs=count.macs, input=_plain(image))
     known = {key: _plain(value) for key, value in cls.published.get(name, {}).items() if value not in ((), [], None)}
@@ -139,7 +139,7 @@ def transform_line(family: str) -> str:
     classifiers: dict[str, list[str]] = {}
     for cls in card_families()[family]:
         for name, settings in cls.variants.items():
-            cfg = {**cls.default_cfg, **cls.published.get(name, {})}
+            cfg = {**cls.common_cfg, **cls.published.get(name, {})}
             if "mean" not in cfg:
                 return (
                     "Images are prepared as the config of the data set says. Height and width are padded inside the"
