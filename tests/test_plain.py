@@ -184,7 +184,7 @@ def test_output_norms_and_blocks_that_are_not_built():
     image = torch.randn(1, 3, 64, 64)
     for i, got, want in zip((1, 3), model(image), raw(image), strict=True):
         torch.testing.assert_close(got, model.out_norms[str(i)](want.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-    with pytest.raises(ValueError, match=r"was built for out_indices=\[1, 3\] and has no block 5"):
+    with pytest.raises(ValueError, match=r"was built for out_indices=\[1, 3\] and has no map 5"):
         model.forward_intermediates(image, out_indices=(5,))
 
 
