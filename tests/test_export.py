@@ -27,8 +27,9 @@ from vision_ssm.ops.registration import replaced_operators
 from vision_ssm.ops.torch_plstm import plstm2d_reference
 
 MODELS = [*vision_ssm.list_models("*_micro"), *vision_ssm.list_unets("*_micro")]
-# ONNX takes 10 s of a core for most models, TorchScript 2 s: it is what every family is tried with each time
-QUICK = ("lbvim_micro", "plain_unet_micro")
+# ONNX takes 10 s of a core for most models, TorchScript 2 s: it is what most families are tried with each time
+QUICK = ("plain_unet_micro",)
+LONG = ("hrvmamba_micro", "msvmamba_micro", "msvmunet_micro", "encoder_unet_micro", "mhsvm_micro")
 SIZE = (32, 48)
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -149,7 +150,7 @@ def test_replacement_ends_with_its_block():
 # Files
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name == "hrvmamba_micro")) for name in MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=slow_if(name in LONG)) for name in MODELS])
 def test_torchscript(name, tmp_path):
     model = lively(name)
     about = doors.export_torchscript(model, tmp_path / "model.pt", size=SIZE)

@@ -113,8 +113,8 @@ def test_twin_in_half_precision(case, dtype):
     "options",
     [
         dict(),
-        dict(size=(4, 4), routes="2", batch=3, norm=True),
-        dict(segment=5, size=(2, 5), routes="2", batch=2),
+        dict(size=(4, 4), routes="2", batch=2, norm=True),
+        dict(segment=5, size=(2, 5), routes="2", batch=1),
         dict(write=True, steps=9, routes="2"),
         dict(per_route=True, size=(3, 5), routes="2"),
     ],
@@ -135,9 +135,9 @@ def test_high_rank_in_half_precision(monkeypatch, options):
     "options",
     [
         dict(size=(5, 16)),
-        dict(size=(5, 7), routes="2", batch=2, dim=40),
+        dict(size=(5, 7), routes="2", batch=1, dim=40),
         dict(states=3, size=(5, 16)),
-        dict(states=3, size=(5, 15), write=True, routes="2", batch=2),
+        dict(states=3, size=(5, 15), write=True, routes="2", batch=1),
         dict(rank=None, size=(7, 7), bias=False),
         dict(rank=None, states=2, size=(6, 13), softplus=False),
         dict(size=(10, 10), segment=50, write=True),

@@ -250,9 +250,9 @@ def test_every_variant_is_created_through_timm(name, monkeypatch):
     assert {key: settings[key] for key in registered if registered[key] is not None} == {
         key: value for key, value in registered.items() if value is not None
     }
-    own = find_family(name).published.get(name, {})
-    assert settings["input_size"] == own.get("input_size", (3, 224, 224))
-    assert resolve_model_data_config(model)["crop_pct"] == own.get("crop_pct", 0.875)
+    own = {**find_family(name).common_cfg, **find_family(name).published.get(name, {})}
+    assert settings["input_size"] == own["input_size"]
+    assert resolve_model_data_config(model)["crop_pct"] == own["crop_pct"]
     if not model.features_only:
         assert settings["classifier"] and settings["num_classes"] == model.num_classes == 1000
     assert f"{settings['first_conv']}.weight" in model.state_dict()
