@@ -88,8 +88,9 @@ def plstm2d(
     Letters follow the paper: r(ight) and l(eft) go along x, d(own) and u(p) along y. A node reads itself through `D`
     alone. One orientation walks as said. Of four, orientation 0 does; 1 walks the grid with rows reversed, 2 with
     columns reversed, 3 with both; their results are added, and `D` counts once. All arithmetic is float32 (float64 for
-    float64 `Q`), whatever autocast says. Memory grows with the square of the nodes of a map, for as many images at a
-    time as fit a budget; only the inputs are kept for the backward pass.
+    float64 `Q`), whatever autocast says; but the matrix products of the GPU's kernels take operands of bfloat16 where
+    `Q`, `K` and `V` are bfloat16, and 10 bits of them for float16. Memory grows with the square of the nodes of a map,
+    for as many images or heads at a time as fit a budget; only the inputs are kept for the backward pass.
 
     Args:
         Q: (B, X, Y, H, DK), queries of H heads.

@@ -1,4 +1,4 @@
-"""pLSTM on a grid in plain PyTorch: the twin that defines it, and its path on every device.
+"""pLSTM on a grid in plain PyTorch: the twin that defines it, and its path where no kernel runs.
 
 The path is attention without softmax: the weight with which a node reads another one, summed over all paths between the
 two and over all orientations, times the product of query and key. States of (DK, DV) numbers are never made.
