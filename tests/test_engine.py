@@ -609,14 +609,14 @@ def test_copy_of_a_classifier_starts_without_a_recording(recorder):
 
 
 def test_what_does_not_go_with_graphs_is_listed():
-    module = noisy_network()
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(noisy_network())
     module.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError) as error:
         check_graphs(module, accumulative_counts=4, distributed=True, compiled=True)
     message = str(error.value)
     assert message.startswith("cuda_graphs=True (--cuda-graphs) cannot be used here")
     assert "the model is on the cpu, CUDA graphs need a CUDA device: train on a GPU" in message
-    assert "the run is distributed, which is not supported: train in one process" in message
+    assert "1 is a SyncBatchNorm, which communicates in the forward pass" in message
     assert "the config sets compile" in message and "use one of the two" in message
     assert "accumulative_counts is 4, expected 1" in message and "use a larger batch" in message
     assert "Sequential has hooks (on the whole module)" in message

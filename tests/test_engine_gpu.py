@@ -201,11 +201,13 @@ def test_graphs_and_accumulated_gradients_are_refused(data, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_reach_the_loss_of_one_with_twice_the_batch(data, tmp_path):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_two_gpus_reach_the_loss_of_one_with_twice_the_batch(graphs, data, tmp_path):
     one = plain(small_config(data, tmp_path / "one", epochs=2))
     one.train_dataloader.batch_size = 2 * BATCH
     one.dump(tmp_path / "one.py")
     two = plain(small_config(data, tmp_path / "two", epochs=2))
+    two.model.cuda_graphs = graphs
     two.dump(tmp_path / "two.py")
     train = ROOT / "tools" / "train.py"
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -96,7 +96,7 @@ class ImageClassifier(BaseModel):
             this is an error unless `reset_head` is set.
         reset_head: keep the freshly initialised head instead of the one of `pretrained`.
         cuda_graphs: run the backbone through CUDA graphs in mode ``loss`` of training (see `GraphedCall`). Needs a
-            CUDA device, one process and an optimizer step after every iteration; the Runner refuses what does not fit.
+            CUDA device and an optimizer step after every iteration; the Runner refuses what does not fit.
         distillation: keywords of `Distillation` (``teacher``, ``checkpoint``, ``kind``, ``alpha``, ``temperature``,
             ``autocast``), for a model with two classifiers. Without it, or with kind ``"none"``, such a model learns
             with its first classifier alone, and the second one, which nothing would teach, is frozen.

@@ -78,7 +78,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="train the backbone through CUDA graphs, so that the host does not limit it: one GPU, no accumulation",
+        help="train the backbone through CUDA graphs, so that the host does not limit it; without accumulation",
     )
     parser.add_argument("--seed", type=int, help="seed of all random numbers")
     parser.add_argument("--deterministic", action="store_true", help="only deterministic algorithms, also on a GPU")

@@ -32,7 +32,8 @@ class GraphedCall:
     What a replay returns lies in memory that the next replay overwrites, and so do the gradients that it leaves in the
     parameters: every forward pass must be followed by its backward pass and the optimizer step before the next one.
     The recording keeps the memory of one forward and backward pass to itself. Python code of the module does not run
-    in a replay: what it decides, such as rates of dropout, stays as recorded.
+    in a replay: what it decides, such as rates of dropout, stays as recorded. In a distributed run every process has
+    its own recording, which holds no communication: gradients leave it as from a backward pass without graphs.
 
     Args:
         module: takes an image and returns a tensor, or a tuple or dict of tensors.
@@ -159,8 +160,12 @@ def check_graphs(
     device = next(module.parameters()).device.type
     if device != "cuda":
         problems.append(f"the model is on the {device}, CUDA graphs need a CUDA device: train on a GPU")
-    if distributed:
-        problems.append("the run is distributed, which is not supported: train in one process, without --launcher")
+    synchronised = [name for name, part in module.named_modules() if isinstance(part, nn.SyncBatchNorm)]
+    if distributed and synchronised:
+        problems.append(
+            f"{synchronised[0]} is a SyncBatchNorm, which communicates in the forward pass: a recording cannot; use "
+            "BatchNorm2d, or train in one process"
+        )
     if compiled:
         problems.append("the config sets compile, which replaces what would be recorded: use one of the two")
     if accumulative_counts != 1:

@@ -4,7 +4,7 @@ optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     constructor="vision_ssm.ParameterGroups",
     precision="bf16",
-    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=1.0),
     accumulative_counts=1,
 )
