@@ -1,6 +1,6 @@
 # 50 epochs of AdamW for a batch of 128, clipped at norm 1: one epoch of warm-up, then a cosine to a thousandth, both
-# per iteration. No average of the weights. The learning rate is a tenth of the paper's: with 1e-3 plain backbones stay at
-# chance (benchmarks/arrows.md).
+# per iteration. No average of the weights. The learning rate is a tenth of the paper's: with 1e-3 plain backbones stay
+# at chance (benchmarks/arrows.md).
 optim_wrapper = dict(
     type="vision_ssm.MixedPrecisionOptimWrapper",
     constructor="vision_ssm.ParameterGroups",
