@@ -784,7 +784,7 @@ def test_predictor_follows_boxes_and_images(persons, trained, tmp_path):
 def test_weights_of_other_models_are_refused(trained, tmp_path):
     _, folder = trained
     other = TopDownPose(MICRO, deconv_channels=(24,))
-    with pytest.raises(CheckpointError, match=r"the head of .* is not that .*deconv_layers.0.weight \(16, 16, 4, 4\) in the file"):
+    with pytest.raises(CheckpointError, match=r"has other heads(?s:.*)deconv_layers.0.weight: \(16, 16, 4, 4\) in the"):
         load_pose_weights(other, folder / "epoch_2.pth")
     torch.save({"state_dict": other.backbone.state_dict()}, tmp_path / "backbone.pth")
     with pytest.raises(CheckpointError, match="holds no heat-map head"):
@@ -793,7 +793,7 @@ def test_weights_of_other_models_are_refused(trained, tmp_path):
         PosePredictor.from_config(Config(dict(model=dict(type="vision_ssm.ImageClassifier"))), folder / "epoch_2.pth")
     # a file of the backbone alone, or with another head's keys beside it, starts a pose model
     report = load_pose_weights(TopDownPose(MICRO, deconv_channels=(16,)), folder / "epoch_2.pth")
-    assert "head: 6 tensors" not in report and "head: 8 tensors loaded" in report
+    assert report.complete and not report.ignored
     started = TopDownPose(MICRO, pretrained=str(tmp_path / "backbone.pth"))
     assert differences(started.backbone.state_dict(), other.backbone.state_dict()) == []
 

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization import BaseVisBackend, Visualizer
@@ -22,12 +22,13 @@ from PIL import Image
 
 from vision_ssm.data import UnreadableImageError, load_image
 from vision_ssm.registry import HOOKS
-from vision_ssm.weights import CheckpointError
+from vision_ssm.weights import unwrap
 
 from . import figures
 from .checkpoint import read_training
 from .config import UsageError
 from .hooks import finished, position_in_words
+from .whole_model import has_heads, load_whole_model, short_misfits
 
 LEAST_SIDE = 512
 """Longer side, in pixels, from which a picture is drawn as large as it is."""
@@ -137,12 +138,19 @@ def summarise(task: str, sample: Any, classes: Sequence[str], threshold: float =
     return [(name, f"{len(values)} x, best {max(values):.2f}") for name, values in ranked]
 
 
+def _metainfo(dataset: Mapping[str, Any], scope: str) -> dict[str, Any]:
+    """What a data set of a config says of its classes: the config, or else its class."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        own = registry.get(dataset["type"])
+    return {**getattr(own, "METAINFO", {}), **(dataset.get("metainfo") or {})}
+
+
 class DensePredictor:
     """A segmentor or detector in eval mode with the test pipeline of its config.
 
     Args:
         cfg: config with ``default_scope`` mmseg or mmdet and a test data set.
-        checkpoint: checkpoint of a training run of that config.
+        checkpoint: checkpoint of a training run of that config, or official weights of its model.
         device: where to compute; a GPU if there is one by default.
 
     Raises:
@@ -163,16 +171,15 @@ class DensePredictor:
         with DefaultScope.overwrite_default_scope(cfg.default_scope):
             self.model = MODELS.build(options)
             self.pipeline = Compose([step for step in steps if step["type"].split(".")[-1] != "LoadAnnotations"])
-        try:
-            self.model.load_state_dict(state["state_dict"])
-        except RuntimeError as error:
-            lines = "\n".join(str(error).splitlines()[1:6])
-            message = f"the weights of {checkpoint} are not those of this config's model:\n{lines}"
-            raise CheckpointError(message) from None
+        if has_heads(self.model):
+            load_whole_model(self.model, unwrap(state, str(checkpoint)), str(checkpoint))
+        else:  # a backbone of mmseg, mmdet or timm
+            with short_misfits(checkpoint):
+                self.model.load_state_dict(state["state_dict"])
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.model.eval().to(self.device)
         meta = (state.get("meta") or {}).get("dataset_meta") or {}
-        self.dataset_meta = meta if meta.get("classes") else dict(dataset.get("metainfo") or {})
+        self.dataset_meta = meta if meta.get("classes") else _metainfo(dataset, cfg.default_scope)
         if not self.dataset_meta.get("classes"):
             raise UsageError(f"neither {checkpoint} nor the config's test data set (metainfo) names the classes")
         self.classes = tuple(self.dataset_meta["classes"])

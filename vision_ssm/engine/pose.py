@@ -22,14 +22,14 @@ from vision_ssm.data import KeypointSet, TopDownTransform, UnreadableImageError,
 from vision_ssm.data.top_down import apply_matrix
 from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, suggest
-from vision_ssm.weights import CheckpointError, load_state_dict, load_weights, read_checkpoint, split_parts, unwrap
+from vision_ssm.weights import CheckpointError, LoadReport, load_weights, read_checkpoint, unwrap
 
 from .config import UsageError
 from .pose_figures import draw_pose_grid
+from .whole_model import load_whole_model
 
 MODES = ("tensor", "loss", "predict")
 PCK_THRESHOLD = 0.05
-_HEAD = "head."
 
 
 class HeatmapHead(nn.Module):
@@ -257,35 +257,22 @@ class TopDownPose(BaseModel):
         return results
 
 
-def load_pose_weights(model: TopDownPose, file: str | os.PathLike) -> str:
+def load_pose_weights(model: TopDownPose, file: str | os.PathLike) -> LoadReport:
     """Load a checkpoint of a pose model, of a training run of ours or official, backbone and head.
 
     Returns:
-        A report of what was loaded.
+        What became of the backbone's tensors.
 
     Raises:
         FileNotFoundError, CheckpointError: it cannot be read, or belongs to another model.
     """
     tensors = unwrap(read_checkpoint(file), str(file))
-    head = {key.removeprefix(_HEAD): value for key, value in tensors.items() if key.startswith(_HEAD)}
-    wanted = model.head.state_dict()
-    if not set(wanted) & set(head):
+    if not any(key in tensors for key in model.state_dict() if key.startswith("head.")):
         raise CheckpointError(
             f"{file} holds no heat-map head, so it is not of a pose model; weights of a backbone are for "
             "model.pretrained"
         )
-    shapes = {key: tuple(value.shape) for key, value in wanted.items()}
-    given = {key: tuple(value.shape) for key, value in head.items()}
-    if shapes != given:
-        wrong = sorted(key for key in shapes.keys() | given.keys() if shapes.get(key) != given.get(key))
-        listed = ", ".join(
-            f"{key} {given.get(key, 'missing')} in the file, {shapes.get(key, 'missing')} in the model"
-            for key in wrong[:4]
-        )
-        raise CheckpointError(f"the head of {file} is not that of this config's model: {listed}")
-    report = load_state_dict(model.backbone, split_parts(tensors)[0], source=str(file))
-    model.head.load_state_dict(head)
-    return f"{report}\n  head: {len(head)} tensors loaded"
+    return load_whole_model(model, tensors, str(file))
 
 
 class PosePredictor:

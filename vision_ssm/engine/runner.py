@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from vision_ssm.data import check_same_classes
 from vision_ssm.layers import synchronize_batch_norms
 from vision_ssm.registry import SCOPE
-from vision_ssm.weights import CheckpointError
+from vision_ssm.weights import CheckpointError, unwrap
 
 from . import logs
 from .checkpoint import (
@@ -44,6 +44,7 @@ from .checkpoint import (
 from .distillation import Distillation
 from .graphs import GraphedCall, check_graphs
 from .loops import EpochTrainLoop, ExactLoop, IterTrainLoop, batch_size
+from .whole_model import has_heads, load_whole_model, short_misfits
 
 RAW_WEIGHTS = "unaveraged_state_dict"
 """Where a checkpoint keeps the weights as trained, when ``state_dict`` holds their moving average."""
@@ -271,10 +272,16 @@ class Runner(mmengine.runner.Runner):
     ) -> dict[str, Any]:
         """Load model weights from a checkpoint of a training run; the arguments are mmengine's.
 
+        A backbone of this library with heads beside it may have official names, see `load_whole_model`.
+
         Raises:
             CheckpointError: the file cannot be read, or its weights are not those of this model.
         """
         checkpoint = read_training(filename)
+        if strict and has_heads(self.bare_model):
+            report = load_whole_model(self.bare_model, unwrap(checkpoint, filename), filename)
+            self.logger.info(f"Backbone: {report}")
+            checkpoint["state_dict"] = self.bare_model.state_dict()  # under the names that hooks know
         self._load_weights(checkpoint, filename, strict)
         self._has_loaded = True
         self.logger.info(f"Loaded weights of {filename}")
@@ -283,13 +290,9 @@ class Runner(mmengine.runner.Runner):
     def _load_weights(self, checkpoint: dict[str, Any], filename: str | Path, strict: bool = True) -> None:
         if RAW_WEIGHTS in checkpoint:
             checkpoint["ema_state_dict"] = checkpoint.pop(RAW_WEIGHTS)
-        try:
+        with short_misfits(filename):
             self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
             self.bare_model.load_state_dict(checkpoint["state_dict"], strict=strict)
-        except RuntimeError as error:
-            problems = str(error).splitlines()
-            shown = "\n".join(problems[1:6]) + ("\n\t..." if len(problems) > 6 else "")
-            raise CheckpointError(f"the weights of {filename} are not those of this config's model:\n{shown}") from None
 
     def load_or_resume(self) -> None:
         if self._has_loaded:
