@@ -1,13 +1,14 @@
 """Checkpoints of whole segmentation and detection models, official ones included, in the tools."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import golden_cases
 import pytest
 import torch
 from dense_support import detection_config, segmentation_config, write_dense_pictures
-from engine_support import differences
+from engine_support import ROOT, differences
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
@@ -15,7 +16,10 @@ import vision_ssm
 from vision_ssm import CheckpointError
 from vision_ssm.backbones.vmamba import VMamba
 from vision_ssm.engine import Runner, commands
+from vision_ssm.engine.config import UsageError
 from vision_ssm.engine.dense import DensePredictor
+from vision_ssm.engine.official import find_checkpoint
+from vision_ssm.engine.predict_command import predict
 from vision_ssm.engine.whole_model import has_heads, load_whole_model
 
 CASE = "vmamba/vmamba_tiny_s1l8_dense_96x160"
@@ -151,3 +155,50 @@ def test_models_without_parts_beside_their_backbone_are_none():
     assert not has_heads(classifier) and not has_heads(torch.nn.Linear(1, 1))
     classifier.decode_head = torch.nn.Linear(1, 1)
     assert has_heads(classifier)
+
+
+# The word "official"
+
+
+def test_official_is_fetched_for_the_config(run, tmp_path, monkeypatch, capsys):
+    """From the cache here; what downloads do is in test_download.py."""
+    monkeypatch.setenv("VISION_SSM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    shutil.copy(run / "official.pth", tmp_path / "cache" / "upernet.pth")
+    config = tmp_path / "mine.py"
+    text = f"_base_ = {str(run / 'config.py')!r}\nofficial = dict(file={{!r}}, url='https://drive.google.com/file/d/1/view')"
+    config.write_text(text.format("upernet.pth"))
+    cfg = Config.fromfile(str(config))
+    assert find_checkpoint("official", cfg, "mine.py") == str(tmp_path / "cache" / "upernet.pth")
+    assert find_checkpoint("other.pth", cfg, "mine.py") == "other.pth"
+    picture = next(Path(cfg.data_root).glob("images/validation/*.jpg"))
+    assert predict([str(config), "official", str(picture), "--score", "0", "--out", "one.png"]) == 0
+    config.write_text(text.format("other.pth"))
+    with pytest.raises(SystemExit):
+        commands.test([str(config), "official"])
+    error = capsys.readouterr().err
+    assert "is a web page" in error and f"put it at {tmp_path / 'cache' / 'other.pth'}" in error
+
+
+def test_official_for_classifiers_and_where_there_is_none(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("VISION_SSM_CACHE", str(tmp_path))
+    file = tmp_path / "vssm1_tiny_0230s_ckpt_epoch_264.pth"
+    file.write_bytes(b"")
+    model = dict(type="vision_ssm.ImageClassifier", backbone=dict(name="vmamba_tiny_s1l8"))
+    assert find_checkpoint("official", Config(dict(model=model)), "x.py") == str(file)
+    model["backbone"] = dict(name="vmamba_micro")
+    with pytest.raises(UsageError, match="official weights for x.py: .*no official weights are published for it"):
+        find_checkpoint("official", Config(dict(model=model)), "x.py")
+    with pytest.raises(UsageError, match="no official weights are published for the whole model of run.py; configs that"):
+        find_checkpoint("official", Config.fromfile(str(run / "config.py")), "run.py")
+
+
+def test_every_official_entry_of_a_config_has_a_file_and_a_link():
+    files = []
+    for path in sorted((ROOT / "configs").glob("*/*.py")):
+        if path.parent.name != "_base_" and "\nofficial = " in path.read_text():
+            entry = Config.fromfile(str(path)).official
+            assert set(entry) == {"file", "url"} and entry.url.startswith("https://") and entry.file.endswith(".pth")
+            files.append(entry.file)
+    assert len(files) == len(set(files)) >= 39

@@ -1,5 +1,6 @@
 """The generated parts of the model cards: front matter, tables of variants and recipes, pictures of routes."""
 
+import ast
 import io
 import re
 import sys
@@ -157,8 +158,17 @@ def transform_line(family: str) -> str:
     return "\n".join(f"- {', '.join(names)}: {line}" for line, names in classifiers.items())
 
 
+def _published_weights(config: Path) -> str | None:
+    """The link in ``official = dict(url=..., ...)`` of a config, which is not run."""
+    for node in ast.parse(config.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "official":
+            assert isinstance(node.value, ast.Call)
+            return next(ast.literal_eval(word.value) for word in node.value.keywords if word.arg == "url")
+    return None
+
+
 def recipe_list(family: str, configs: Path) -> str:
-    """Links to every config that names a variant of the family, by task."""
+    """Links to every config that names a variant of the family, by task, and to weights that are published for it."""
     known = card_families()
     owners = {name: owner for owner, classes in known.items() for cls in classes for name in cls.variants}
     by_task: dict[str, list[str]] = {}
@@ -168,7 +178,9 @@ def recipe_list(family: str, configs: Path) -> str:
             named = [name for name in owners if f"_{name}_" in stem]
             owner = owners[max(named, key=len)] if named else path.stem.split("_")[0]
             if owner == family:
-                by_task.setdefault(task, []).append(f"[{path.stem}](../configs/{task}/{path.name})")
+                url = _published_weights(path)
+                link = "" if url is None else f" ([weights]({url}))"
+                by_task.setdefault(task, []).append(f"[{path.stem}](../configs/{task}/{path.name}){link}")
     if not by_task:
         return "No config names a model of this family."
     return "\n".join(f"- {task}: {', '.join(links)}" for task, links in by_task.items())

@@ -19,6 +19,7 @@ from .classifier import ImageClassifier
 from .config import (
     UsageError,
     add_common_flags,
+    load_config,
     precisions,
     prepare,
     prepare_training,
@@ -31,6 +32,7 @@ from .medical import MedicalSegmentor
 from .medical_hooks import find_volumes
 from .medical_metrics import VolumeEvaluation
 from .metrics import Evaluation, find_evaluation, format_metric
+from .official import WORD, find_checkpoint
 from .pose import TopDownPose, load_pose_weights
 from .runner import Runner
 from .timm_models import load_classifier
@@ -105,14 +107,18 @@ def test(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "Evaluate weights on the test data of a config: metrics, accuracy per class, confusion matrix, pictures.",
         """  test.py configs/classification/quickstart_digits.py work_dirs/quickstart_digits/best_top1.pth
-  test.py CONFIG official_weights.pth --data-root /data/imagenet --out predictions.csv
+  test.py CONFIG official --data-root /data/imagenet --out predictions.csv           published weights
   test.py configs/segmentation/CONFIG.py iter_160000.pth --tta                       several scales and flips
   test.py configs/medical/CONFIG.py best_dice.pth --cfg-options model.inference.flips=horizontal,vertical,both
   test.py SEGMENTATION CHECKPOINT --cfg-options model.test_cfg.mode=slide model.test_cfg.crop_size=512,512 \\
       model.test_cfg.stride=341,341                                                  sliding window""",
     )
     parser.add_argument("config", help="config file")
-    parser.add_argument("checkpoint", help="checkpoint of a training run, or official weights of the config's model")
+    parser.add_argument(
+        "checkpoint",
+        help="checkpoint of a training run, file of official weights of the config's model, or official: the published "
+        "ones, from the cache or the net",
+    )
     add_common_flags(parser)
     parser.add_argument(
         "--out", metavar="FILE.csv",
@@ -126,10 +132,13 @@ def test(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     ignore_harmless_warnings()
     with clear_errors(BUILDING):
+        folder = Path("work_dirs") / Path(args.config).stem if args.checkpoint == WORD else Path(args.checkpoint).parent
+        cfg = load_config(args.config)
+        args.checkpoint = find_checkpoint(args.checkpoint, cfg, args.config)
         if not Path(args.checkpoint).is_file():
             near = sorted(str(file) for file in Path(args.checkpoint).parent.glob("*.pth"))
             raise UsageError(f"there is no checkpoint {args.checkpoint}.{suggest(args.checkpoint, near)}")
-        cfg = prepare(args, str(Path(args.checkpoint).parent / "test"))
+        cfg = prepare(args, str(folder / "test"))
         if cfg.get("test_dataloader") is None:
             raise UsageError(f"config {args.config} has no test_dataloader")
         check_dense(cfg, ("test_dataloader",))

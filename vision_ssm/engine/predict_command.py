@@ -15,6 +15,7 @@ from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense import DensePredictor, SampleDrawer, dense_task, picture_of, save_pictures, summarise
 from .logs import ignore_harmless_warnings
 from .medical_predict import add_medical_flags, check_medical_flags, predict_medical
+from .official import find_checkpoint
 from .pose import PosePredictor
 from .predict import Predictor, image_files
 
@@ -29,7 +30,8 @@ def predict(argv: Sequence[str] | None = None) -> int:
         """  predict.py CONFIG CHECKPOINT image.png
   predict.py configs/classification/quickstart_digits.py work_dirs/quickstart_digits/best_top1.pth data/digits/val/3
   predict.py dog.jpg cat.jpg --model vmamba_tiny_s1l8 --weights vssm1_tiny_0230s_ckpt_epoch_264.pth
-  predict.py configs/detection/CONFIG.py epoch_12.pth photos/ --score 0.5 --out drawn/     one picture per photo
+  predict.py configs/detection/CONFIG.py official photos/ --score 0.5 --out drawn/         published weights, one
+                                                                                           picture per photo
   predict.py configs/medical/CONFIG.py best_dice.pth --volume scan.nii.gz --out masks/ --montage""",
     )
     parser.add_argument("inputs", nargs="+", metavar="[CONFIG CHECKPOINT] IMAGE_OR_FOLDER", help="what to look at")
@@ -69,6 +71,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
                 parser.error("expected CONFIG CHECKPOINT IMAGES, or --model NAME --weights FILE IMAGES")
             config, checkpoint, *inputs = args.inputs
             cfg = load_config(config)
+            checkpoint = find_checkpoint(checkpoint, cfg, config)
             if cfg.model.type == "vision_ssm.MedicalSegmentor":
                 pictures = image_files(inputs) if inputs else []
                 return predict_medical(cfg, checkpoint, pictures, args, folder)
