@@ -13,7 +13,7 @@ from .blocks import (  # noqa: F401  (what a family is built of comes from here)
     PositionConvBlock,
     ScanBlock,
     Stage,
-    _add,
+    add_branch,
     drop_path_rates,
     stage_widths,
 )

@@ -98,7 +98,7 @@ class PositionConvBlock(ScanBlock):
         self, x: torch.Tensor, branch: "Branch | None" = None, layout: TokenLayout | None = None
     ) -> "tuple[torch.Tensor, Branch | None]":
         """As `ScanBlock.forward`, on maps alone."""
-        x = _add(x, branch)
+        x = add_branch(x, branch)
         x = x + self.conv1(x)
         if self.mixer is not None:
             x, normed = add_norm(self.norm1, x)
@@ -114,7 +114,8 @@ Branch = tuple[torch.Tensor, nn.Module]
 """Output of a residual branch, and the drop path that it goes through."""
 
 
-def _add(x: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+def add_branch(x: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    """`x` with a pending branch of the same shape added; without one, `x`."""
     if branch is None:
         return x
     values, drop_path = branch
@@ -141,4 +142,4 @@ class Stage(nn.Module):
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
                 x, branch = block(x, branch)
-        return _add(x, branch)
+        return add_branch(x, branch)

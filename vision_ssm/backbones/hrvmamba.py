@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ..layers import Bottleneck, ConvNorm, ConvNormStem, DepthwiseConv2d, Fusion, SumNeck, add_norm, get_norm
 from ..registry import suggest
 from ..scans.sequence import TokenLayout
-from .base import Backbone, Branch, ScanBlock, Stage, _add, drop_path_rates, register_family, resolve_scan
+from .base import Backbone, Branch, ScanBlock, Stage, add_branch, drop_path_rates, register_family, resolve_scan
 from .official import official_settings, rename
 from .vmamba import convert_mixers
 
@@ -36,7 +36,7 @@ class ResidualBlock(Bottleneck):
 
     def forward(self, x: torch.Tensor, branch: Branch | None = None) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         """As `ScanBlock.forward`, on maps alone."""
-        return super().forward(_add(x, branch)), None
+        return super().forward(add_branch(x, branch)), None
 
 
 class MultiKernelConv(nn.ModuleList):
@@ -86,14 +86,14 @@ class DynamicScanBlock(ScanBlock):
         if self.position1 is None:
             x, normed = add_norm(self.norm0, x, *(branch or ()))
         else:
-            x = _add(x, branch)
+            x = add_branch(x, branch)
             normed = add_norm(self.norm0, x, self.position1(x))[1]  # the sum itself does not go on
         branch = F.gelu(self.convs(normed)), self.drop_convs
         if self.mixer is not None:
             x, normed = add_norm(self.norm1, x, *branch)
             branch = self.mixer(normed), self.drop_path
         if self.position2 is not None:
-            x = _add(x, branch)
+            x = add_branch(x, branch)
             branch = self.position2(x), nn.Identity()
         if self.mlp is not None:
             x, normed = add_norm(self.norm2, x, *branch)

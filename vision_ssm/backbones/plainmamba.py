@@ -22,7 +22,7 @@ from torch import nn
 from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, PatchStem, get_norm
 from ..registry import suggest
 from ..scans.sequence import TokenLayout
-from .base import Branch, ScanBlock, _add, drop_path_rates, register_family, resolve_scan
+from .base import Branch, ScanBlock, add_branch, drop_path_rates, register_family, resolve_scan
 from .official import official_settings, rename
 from .plain import PlainBackbone
 
@@ -74,7 +74,7 @@ class PlainMambaBlock(ScanBlock):
         x, branch = super().forward(x, branch)
         if self.local is None:
             return x, branch
-        return self.local(_add(x, branch)), None
+        return self.local(add_branch(x, branch)), None
 
 
 class PlainMamba(PlainBackbone):

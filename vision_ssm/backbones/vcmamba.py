@@ -29,7 +29,7 @@ from ..layers import (
     get_norm,
 )
 from ..scans.sequence import TokenLayout
-from .base import Backbone, Branch, ScanBlock, Stage, _add, drop_path_rates, register_family, resolve_scan
+from .base import Backbone, Branch, ScanBlock, Stage, add_branch, drop_path_rates, register_family, resolve_scan
 from .official import official_settings, rename
 from .plainmamba import OFFICIAL_MIXER_KEYS
 
@@ -97,7 +97,7 @@ class ConvNormMlpBlock(nn.Module):
         self, x: torch.Tensor, branch: Branch | None = None, layout: TokenLayout | None = None
     ) -> tuple[torch.Tensor, Branch | None]:
         """As `ScanBlock.forward`, on maps alone."""
-        x = _add(x, branch)
+        x = add_branch(x, branch)
         values = self.mlp(x)
         return x, (values if self.layer_scale is None else values * self.layer_scale, self.drop_path)
 
@@ -118,7 +118,7 @@ class ConvMlpScanBlock(ScanBlock):
     ) -> tuple[torch.Tensor, Branch | None]:
         """As `ScanBlock.forward`, on maps alone."""
         if self.pos_embed is not None:
-            x, branch = self.pos_embed(_add(x, branch)), None
+            x, branch = self.pos_embed(add_branch(x, branch)), None
         return super().forward(x, branch)
 
 
