@@ -4,10 +4,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
-from ..layers import get_norm
+from ..layers import get_norm, trunc_normal_
 from .blocks import (  # noqa: F401  (what a family is built of comes from here)
     Branch,
     PositionConvBlock,
@@ -141,7 +140,7 @@ class Backbone(TimmContract):
 
     @staticmethod
     def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear) and not module.weight.is_meta:  # where nothing has a value, it only takes time
+        if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
