@@ -6,6 +6,7 @@ import sys
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pytest
@@ -106,4 +107,7 @@ def run_python(*arguments: str | Path, timeout: float = 240, gpus: bool = False)
     if not gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as error:  # pipes stay open until workers miss a killed parent
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=error, timeout=timeout).returncode
+        out.seek(0), error.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), error.read())
