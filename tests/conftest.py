@@ -21,6 +21,32 @@ def _interpret_kernels():
     for op in kernels.MODULES:
         kernels.find(op)
     del os.environ["TRITON_INTERPRET"]
+    _patch_language_once_per_launch()
+
+
+def _patch_language_once_per_launch():
+    """Spare Triton's interpreter two thirds of its time.
+
+    It patches `triton.language` when a kernel is launched, and again at every call of a device function, where nothing
+    is left to patch unless the function's module sees other parts of the language. So once per module and launch is enough.
+    """
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # another version of Triton, which has its own ways
+        return
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None  # only a launch, which comes first, needs what can be restored
+        scope = patch(function)
+        if not patched:
+            restore = scope.restore
+            scope.restore = lambda: patched.clear() or restore()
+        patched.add(function.__module__)
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 if not torch.cuda.is_available():

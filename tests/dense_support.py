@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask
+from engine_support import read_config
 from mmengine.config import Config
 from PIL import Image
 
@@ -51,7 +52,7 @@ def write_dense_pictures(root: Path) -> Path:
 
 
 def _finish(cfg: dict, runtime: str, work_dir: Path) -> Config:
-    base = Config.fromfile(str(RUNTIMES / runtime))
+    base = read_config(RUNTIMES / runtime)
     base.merge_from_dict(dict(default_hooks=dict(checkpoint=dict(keep=20), logger=dict(interval=1))))
     for key, value in cfg.items():
         base[key] = value

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import pytest
@@ -43,9 +46,19 @@ def write_pictures(root: Path) -> Path:
     return root
 
 
+@cache
+def _config_of(path: Path) -> Config:
+    return Config.fromfile(str(path))
+
+
+def read_config(path: Path) -> Config:
+    """A config that the caller may change. A process reads each file once: five bases take mmengine 50 ms."""
+    return deepcopy(_config_of(path))
+
+
 def small_config(data: Path, work_dir: Path, epochs: int = 2) -> Config:
     """The quick start's config, cut down to a model and a run of seconds, with all the randomness a run can have."""
-    cfg = Config.fromfile(str(QUICKSTART))
+    cfg = read_config(QUICKSTART)
     cfg.work_dir = str(work_dir)
     cfg.model = dict(
         type="vision_ssm.ImageClassifier",
@@ -94,4 +107,7 @@ def run_python(*arguments: str | Path, timeout: float = 240, gpus: bool = False)
     if not gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as error:  # pipes stay open until workers miss a killed parent
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=error, timeout=timeout).returncode
+        out.seek(0), error.seek(0)
+        return subprocess.CompletedProcess(command, code, out.read(), error.read())

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_support import CONFIGS
+from engine_support import CONFIGS, read_config
 from mmengine.config import Config
 from PIL import Image
 
@@ -106,7 +106,7 @@ def shrink(cfg: Config, work_dir: Path, size: int = SIZE) -> Config:
 
 def small_run(data: Path, work_dir: Path, epochs: int = 2) -> Config:
     """The config of the drawn organs, cut down to a run of seconds, with an encoder that rests for an epoch."""
-    cfg = shrink(Config.fromfile(str(ORGANS)), work_dir)
+    cfg = shrink(read_config(ORGANS), work_dir)
     cfg.model.unet = dict(MICRO, drop_path_rate=0.1)
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.update(root=str(data), classes="organs")

@@ -11,7 +11,7 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
-from engine_support import CONFIGS
+from engine_support import CONFIGS, read_config
 from mmengine.config import Config
 from mmengine.registry import MODELS, PARAM_SCHEDULERS
 from PIL import Image
@@ -258,13 +258,13 @@ def optimizer_of(cfg: Config, model):
 
 
 def test_there_is_a_config_for_every_model_of_the_experiment():
-    names = {Config.fromfile(str(path)).model.backbone.name for path in LEAVES}
+    names = {read_config(path).model.backbone.name for path in LEAVES}
     assert names == {*BASELINES, *(f"plstm_vis_t{ending}" for ending in ABLATIONS)}
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_config_builds(path):
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     name = cfg.model.backbone.name
     assert len(path.read_text().splitlines()) <= 15
     assert path.stem == f"{name.removeprefix('timm:').removesuffix('_224')}_arrows"
@@ -287,7 +287,7 @@ def test_config_builds(path):
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_recipe_is_that_of_the_paper(path):
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ("AdamW", 1e-3, 0.05)
     assert cfg.optim_wrapper.clip_grad == dict(max_norm=1.0) and cfg.train_cfg.max_epochs == 50
@@ -324,7 +324,7 @@ def micro_backbone(cfg: Config) -> dict:
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_one_training_step_of_a_micro_model(path):
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     model = MODELS.build({**cfg.model, "backbone": micro_backbone(cfg)})
     wrapper = optimizer_of(cfg, model)
     before = {name: value.detach().clone() for name, value in model.backbone.named_parameters()}
@@ -343,7 +343,7 @@ def test_one_training_step_of_a_micro_model(path):
 
 
 def small_run(work_dir: Path, name: str) -> Config:
-    cfg = Config.fromfile(str(CONFIGS / "arrows" / f"{name}.py"))
+    cfg = read_config(CONFIGS / "arrows" / f"{name}.py")
     cfg.model.backbone = micro_backbone(cfg)
     if name.startswith("vmamba"):
         cfg.model.backbone.update(dims=8, depths=(1, 1))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_support import CONFIGS
+from engine_support import CONFIGS, read_config
 from mmengine.config import Config
 from mmengine.registry import HOOKS, LOG_PROCESSORS, METRICS, MODELS, PARAM_SCHEDULERS, VISBACKENDS
 
@@ -45,7 +45,7 @@ def schedule(cfg: Config, wrapper, epoch_length: int) -> list:
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_config_builds(path):
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     model, wrapper = build(cfg)
     assert cfg.model.backbone.name in list_models()
     assert sum(len(group["params"]) for group in wrapper.optimizer.param_groups) == len(list(model.parameters()))
@@ -79,7 +79,7 @@ def teacher(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_one_training_step_of_a_micro_model(path, teacher):
     """Loss, mixing, distillation and optimizer of every config, with its family's micro model."""
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     family = find_family(cfg.model.backbone.name)
     settings = {**family.variants[cfg.model.backbone.name], **cfg.model.backbone}
     kept = {key: settings[key] for key in ("drop_path_rate", "distilled", "in_chans") if key in settings}
@@ -105,7 +105,7 @@ def test_one_training_step_of_a_micro_model(path, teacher):
 def test_leaf_is_short_and_names_its_model(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 15
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     name = cfg.model.backbone.name
     if name != "vmamba_micro":
         assert re.fullmatch(rf"{name}_(\d+xb\d+_in1k(_distill|_stage[23]|_300e)?|finetune)", path.stem)
@@ -142,7 +142,7 @@ def test_every_family_has_a_config_to_fine_tune_with():
     """Weights of ImageNet as a start: few layers learn fast, and states are not decayed."""
     tuned = {}
     for path in CONFIGS.rglob("*_finetune.py"):
-        cfg = Config.fromfile(str(path))
+        cfg = read_config(path)
         model, wrapper = build(cfg)
         tuned[type(model.backbone)] = wrapper
         names = {id(parameter): name for name, parameter in model.backbone.named_parameters()}
@@ -157,7 +157,7 @@ def test_every_family_has_a_config_to_fine_tune_with():
 
 def test_recipe_of_vmamba_on_imagenet():
     """arXiv 2401.10166 and its code: section "Training" of the original configs for 8 x 128 images."""
-    cfg = Config.fromfile(str(RECIPE))
+    cfg = read_config(RECIPE)
     batch = 8 * cfg.train_dataloader.batch_size
     assert batch == 1024 == cfg.auto_scale_lr.base_batch_size and cfg.auto_scale_lr.enable
     optimizer = cfg.optim_wrapper.optimizer
@@ -194,7 +194,7 @@ def test_recipe_of_vmamba_on_imagenet():
 
 
 def test_recipe_decays_what_the_original_decays():
-    model, wrapper = build(Config.fromfile(str(RECIPE)))
+    model, wrapper = build(read_config(RECIPE))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {
         names[id(parameter)]
@@ -230,7 +230,7 @@ def test_recipe_decays_what_the_original_decays():
     ],
 )
 def test_options_that_exist(key):
-    check_option(Config.fromfile(str(RECIPE)), key)
+    check_option(read_config(RECIPE), key)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_options_that_exist(key):
 )
 def test_options_that_do_not_exist(key, message):
     with pytest.raises(ValueError, match=message):
-        check_option(Config.fromfile(str(RECIPE)), key)
+        check_option(read_config(RECIPE), key)
 
 
 def test_config_files_are_where_they_belong():

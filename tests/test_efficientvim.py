@@ -3,8 +3,7 @@
 import golden_cases
 import pytest
 import torch
-from engine_support import CONFIGS
-from mmengine.config import Config
+from engine_support import CONFIGS, read_config
 from timm.models.efficientvim import EfficientViM as TimmModel
 from timm.models.efficientvim import EfficientViMDistilled as TimmDistilledModel
 
@@ -180,7 +179,7 @@ def test_both_trainings_of_the_plain_models(name):
         path = CONFIGS / "classification" / f"{name}_8xb256_in1k{ending}.py"
         reported = f"reported top-1 {published['top1_reported']} % (arXiv 2411.15241), {epochs} epochs"
         assert reported in path.read_text().splitlines()[0] and f"_e{epochs}.pth" in published["file"]
-        cfg = Config.fromfile(str(path))
+        cfg = read_config(path)
         assert (cfg.model.backbone.name, cfg.train_cfg.max_epochs) == (name, epochs + 10)
         assert cfg.param_scheduler[1].end == epochs and cfg.optim_wrapper.optimizer.lr == 2e-3
         size = EfficientViM.published[name]["input_size"][1]

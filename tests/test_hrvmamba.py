@@ -4,8 +4,7 @@ import golden_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_support import CONFIGS
-from mmengine.config import Config
+from engine_support import CONFIGS, read_config
 from torch import nn
 
 import vision_ssm
@@ -305,7 +304,7 @@ def test_what_is_published():
 
 @pytest.mark.parametrize(("size", "batch", "side"), [("nano", 256, 256), ("tiny", 256, 256), ("small", 128, 256), ("base", 128, 224)])
 def test_recipe_on_imagenet(size, batch, side):
-    cfg = Config.fromfile(str(CONFIGS / "classification" / f"hrvmamba_{size}_8xb{batch}_in1k.py"))
+    cfg = read_config(CONFIGS / "classification" / f"hrvmamba_{size}_8xb{batch}_in1k.py")
     optimizer = cfg.optim_wrapper.optimizer
     assert optimizer.lr == 5e-4 * 8 * batch / 512 and optimizer.weight_decay == 0.05 and optimizer.eps == 1e-8
     assert cfg.optim_wrapper.precision == "bf16" and cfg.optim_wrapper.clip_grad.max_norm == 5.0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_support import read_config
 from medical_support import MEDICAL, SIZE, WRITERS, shrink
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
@@ -31,7 +32,7 @@ def of_set(path: Path) -> str:
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_config_builds(path):
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     assert len(path.read_text().splitlines()) <= 15
     assert cfg.model.unet.name in list_unets() and path.stem.startswith(cfg.model.unet.name.split("_")[0])
     cfg.model.pretrained = None
@@ -62,7 +63,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_config_trains_and_validates(path, folders, tmp_path):
     """One epoch of small images, with the family's micro model in place of its own."""
-    cfg = shrink(Config.fromfile(str(path)), tmp_path)
+    cfg = shrink(read_config(path), tmp_path)
     cfg.model.pretrained = None
     variants = owner_of(cfg.model.unet.name, UNETS).variants
     cfg.model.unet = dict(name=next(name for name in variants if name.endswith("_micro")))
@@ -104,7 +105,7 @@ def rates(cfg: Config) -> list[float]:
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
 def test_recipe_is_the_published_one(path):
     """arXiv 2402.02491, 2406.05992 and 2408.13735 with their code: sections on training; baselines follow their sets."""
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     kind, optimizer = of_set(path), cfg.optim_wrapper.optimizer
     msvm = path.stem.startswith("msvmunet") or kind == "acdc"
     assert (cfg.train_dataloader.batch_size, cfg.train_cfg.max_epochs, cfg.optim_wrapper.precision) == (32, 300, "fp32")

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from engine_support import CONFIGS, EXACT, ROOT, differences, run_python, runs_are_exact
+from engine_support import CONFIGS, EXACT, ROOT, differences, read_config, run_python, runs_are_exact
 from mmengine.config import Config
 from mmengine.registry import HOOKS, METRICS, MODELS, PARAM_SCHEDULERS
 from PIL import Image
@@ -99,7 +99,7 @@ def persons(tmp_path_factory) -> Path:
 
 def small_run(data: Path, work_dir: Path, epochs: int = 2) -> Config:
     """The config of the drawn figures, cut down to a run of seconds."""
-    cfg = Config.fromfile(str(SHAPES))
+    cfg = read_config(SHAPES)
     cfg.work_dir = str(work_dir)
     cfg.model.update(backbone=dict(**MICRO, drop_path_rate=0.1), deconv_channels=(16,))
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
@@ -803,7 +803,7 @@ def test_weights_of_other_models_are_refused(trained, tmp_path):
 
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_config_builds(path):
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     assert len(path.read_text().splitlines()) <= 15
     match = re.fullmatch(r"heatmap_(\w+?)_(?:shapes|8xb32_210e_coco_(\d+)x(\d+))", path.stem)
     assert cfg.model.backbone.name == match[1]
@@ -836,7 +836,7 @@ def test_config_builds(path):
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_config_takes_a_training_step(path, persons):
     """With a small backbone in place of its own, on small pictures in its layout, with its optimizer and schedule."""
-    cfg = Config.fromfile(str(path))
+    cfg = read_config(path)
     outside = len(cfg.model.deconv_channels) == 0
     cfg.model.backbone = dict(name="vmamba_micro", dims=8, depths=(1,), out_indices=(0,)) if outside else MICRO
     cfg.model.deconv_channels = cfg.model.deconv_channels[:1]
@@ -855,7 +855,7 @@ def test_config_takes_a_training_step(path, persons):
 
 def test_recipe_of_the_published_poses():
     """arXiv 2410.03174 and its code: AdamW, 210 epochs, 500 iterations of warm-up, steps at 170 and 200."""
-    cfg = Config.fromfile(str(CONFIGS / "pose" / "heatmap_hrvmamba_small_pose_8xb32_210e_coco_256x192.py"))
+    cfg = read_config(CONFIGS / "pose" / "heatmap_hrvmamba_small_pose_8xb32_210e_coco_256x192.py")
     optimizer = ParameterGroups(dict(optimizer=cfg.optim_wrapper.optimizer))(nn.Conv2d(2, 2, 1))
     length, rates = 100, {}
     schedulers = [
@@ -871,7 +871,7 @@ def test_recipe_of_the_published_poses():
     assert rates[170 * length] == pytest.approx(5e-5) and rates[200 * length - 1] == pytest.approx(5e-5)
     assert rates[200 * length] == pytest.approx(5e-6)
     rates_of_drop_path = {
-        path.stem: Config.fromfile(str(path)).model.backbone.drop_path_rate for path in LEAVES if path != SHAPES
+        path.stem: read_config(path).model.backbone.drop_path_rate for path in LEAVES if path != SHAPES
     }
     assert list(rates_of_drop_path.values()) == [0.2, 0.6, 0.1, 0.1, 0.0]  # base, base 384, small, small 384, tiny
     assert cfg.sync_bn == "torch" and cfg.model.flip_test and cfg.model.shift_heatmap

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_killed_run_resumes_to_identical_weights_and_curve(workers, data, unbrok
     assert (state["meta"]["epoch"], state["meta"]["batch"]) == (1, 12 - ITERATIONS)
 
     final = resumed(config(data, tmp_path, workers))
+    assert not active_children()  # those that read ended with the run
     expected = read_training(unbroken / f"epoch_{EPOCHS}.pth")
     assert final["history"]["iterations"].shape == (EPOCHS * ITERATIONS, 4)
     for part in EXACT:

@@ -3,8 +3,7 @@
 import golden_cases
 import pytest
 import torch
-from engine_support import CONFIGS
-from mmengine.config import Config
+from engine_support import CONFIGS, read_config
 
 import vision_ssm
 from vision_ssm import CheckpointError
@@ -170,7 +169,7 @@ def test_widths_per_stage():
 
 def test_recipe_decays_what_the_original_decays():
     """Of the parameters of a mixer, those with more than one dimension in the original."""
-    cfg = Config.fromfile(str(CONFIGS / "classification" / "spatialmamba_tiny_8xb128_in1k.py"))
+    cfg = read_config(CONFIGS / "classification" / "spatialmamba_tiny_8xb128_in1k.py")
     with torch.device("meta"):
         model = vision_ssm.create_model("spatialmamba_micro")
     options = {**cfg.optim_wrapper.optimizer}

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import flops
@@ -32,7 +31,6 @@ CONVENTION = (
     "multiply-accumulates (MACs) of one forward pass for one image: one, which is two FLOPs, for each of a matrix"
     " product or convolution"
 )
-_SETTERS = frozenset(("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"))
 _FREE = ("empty", "_unsafe_view", "lift_fresh")  # nothing is computed
 
 
@@ -167,15 +165,6 @@ def _holds_numbers(out: Any) -> bool:
     return any(isinstance(output, torch.Tensor) and output.is_floating_point() for output in outputs)
 
 
-class _WithoutValues(TorchFunctionMode):
-    """Leaves out what only sets values, which initialisation on the meta device spends its time on."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _SETTERS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
 def count_operations(
     build: Callable[[], nn.Module],
     size: int | tuple[int, int] = 224,
@@ -199,7 +188,7 @@ def count_operations(
     operators, recurrence = torch.ops.vision_ssm, scan_formula == "9BLDN"
     mapping = {getattr(operators, name): _scan_flops(*parts, recurrence) for name, parts in _SCANS.items()}
     tally = _Tally(RouteCore if scan_formula == "modules" else None)
-    with torch.device("meta"), _WithoutValues():
+    with torch.device("meta"):
         model = build().eval()
     tally.watch(model)
     counter = _Counter(tally, mapping, {getattr(operators, name) for name in _WITHOUT_FORMULA})

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import lecun_normal_, trunc_normal_
+from timm.layers import lecun_normal_
 from torch import nn
 
-from ..layers import PatchStem
+from ..layers import PatchStem, trunc_normal_
 from ..scans.causal import CausalScan
 from .base import ScanBlock, drop_path_rates, register_family, resolve_scan
 from .official import official_settings, rename

@@ -4,10 +4,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
-from ..layers import get_norm
+from ..layers import get_norm, trunc_normal_
 from .blocks import (  # noqa: F401  (what a family is built of comes from here)
     Branch,
     PositionConvBlock,

@@ -14,10 +14,9 @@ import re
 from typing import Any, Literal
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 
-from ..layers import PatchStem, RotaryTable
+from ..layers import PatchStem, RotaryTable, trunc_normal_
 from ..scans.sequence import TokenLayout
 from ..scans.windowed import FIXED, WindowedSequenceScan
 from .base import Branch, ScanBlock, drop_path_rates, register_family, resolve_scan

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from timm.models import FeatureInfo, PretrainedCfg
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import PositionTable, SimplePyramid, add_norm
+from ..layers import PositionTable, SimplePyramid, add_norm, trunc_normal_
 from ..layers.pyramid import SCALES
 from ..registry import suggest
 from ..scans.sequence import CLASS_TOKENS, SequenceScan, TokenLayout

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import LayerScale, trunc_normal_
+from timm.layers import LayerScale
 from torch import nn
 
-from ..layers import PatchStem, add_norm
+from ..layers import PatchStem, add_norm, trunc_normal_
 from ..registry import SCANS, suggest
 from ..scans.plstm import PLSTMScan
 from ..scans.sequence import TokenLayout

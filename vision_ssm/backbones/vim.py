@@ -15,10 +15,10 @@ import re
 from typing import Any, ClassVar, Literal
 
 import torch
-from timm.layers import lecun_normal_, trunc_normal_
+from timm.layers import lecun_normal_
 from torch import nn
 
-from ..layers import PatchStem, RotaryTable, get_norm
+from ..layers import PatchStem, RotaryTable, get_norm, trunc_normal_
 from ..registry import suggest
 from ..scans.sequence import TokenLayout
 from .base import Branch, ScanBlock, drop_path_rates, register_family, resolve_scan

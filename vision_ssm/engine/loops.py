@@ -33,6 +33,20 @@ def remaining_batches(loader: DataLoader, start: int) -> DataLoader:
     )
 
 
+def stop_workers(loop: Any) -> None:
+    """End the processes that read for the loaders of a loop and wait for its next epoch.
+
+    Python's collector of cycles closes the queue through which PyTorch tells a process to end before it does so: the
+    process is then waited for in vain, 5 s each.
+    """
+    further = [loader for loader, _ in getattr(loop, "others", {}).values()]
+    for loader in (getattr(loop, "dataloader", None), *further):
+        iterator = getattr(loader, "_iterator", None)
+        if iterator is not None:
+            loader._iterator = None
+            iterator._shutdown_workers()
+
+
 class ExactLoop:
     """What makes a resumed run equal to an unbroken one, for either loop of mmengine.
 

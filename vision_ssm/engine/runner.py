@@ -43,7 +43,7 @@ from .checkpoint import (
 )
 from .distillation import Distillation
 from .graphs import GraphedCall, check_graphs
-from .loops import EpochTrainLoop, ExactLoop, IterTrainLoop, batch_size
+from .loops import EpochTrainLoop, ExactLoop, IterTrainLoop, batch_size, stop_workers
 from .whole_model import has_heads, load_whole_model, short_misfits
 
 RAW_WEIGHTS = "unaveraged_state_dict"
@@ -384,11 +384,16 @@ class Runner(mmengine.runner.Runner):
             return super().train()
         finally:
             self.call_hook("end_display")
+            for loop in (self._train_loop, self._val_loop):
+                stop_workers(loop)
             self._report_skipped(self.train_dataloader.dataset)
 
     def test(self) -> dict:
         """Evaluate on the test loader, and return the metrics."""
-        metrics = super().test()
+        try:
+            metrics = super().test()
+        finally:
+            stop_workers(self._test_loop)
         self._report_skipped(self.test_dataloader.dataset)
         return metrics
 

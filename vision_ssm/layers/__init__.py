@@ -8,6 +8,7 @@ from .downsample import ConvDownsample, Halve, InvertedDownsample, PatchMerging
 from .gate import ChannelGate
 from .head import AttentionHead, DistilledHead, HiddenStateHead
 from .high_resolution import Bottleneck, ConvNorm, ConvNormStem, Fusion, SumNeck
+from .init import trunc_normal_
 from .mlp import build_mlp
 from .norm import ChannelLastBatchNorm, LayerNorm, RMSNorm, add_norm, get_norm, synchronize_batch_norms
 from .position import PositionTable, resample_position_table
@@ -58,4 +59,5 @@ __all__ = [
     "is_plain",
     "resample_position_table",
     "synchronize_batch_norms",
+    "trunc_normal_",
 ]

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
 
+from .init import trunc_normal_
 from .norm import LayerNorm
 
 

@@ -1,9 +1,10 @@
 """Learned position tables that serve any map size."""
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
+
+from .init import trunc_normal_
 
 
 def resample_position_table(table: torch.Tensor, height: int, width: int) -> torch.Tensor:

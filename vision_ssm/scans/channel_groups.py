@@ -6,11 +6,10 @@ maps of any shape; the original's are wrong for its two column routes wherever h
 """
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
 
-from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, add_norm
+from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, add_norm, trunc_normal_
 from ..registry import SCANS
 from .core import S6Core, resolve_dt_rank
 from .routes import build_routes

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from ..layers import (
     get_activation,
     get_norm,
     is_plain,
+    trunc_normal_,
 )
 from ..ops.scan_2d import scan_2d
 from ..registry import SCANS, suggest

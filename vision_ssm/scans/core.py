@@ -33,7 +33,10 @@ def resolve_dt_rank(dt_rank: int | str, dim: int) -> int:
 
 def initial_dt_bias(*shape: int, low: float = 1e-3, high: float = 0.1, floor: float = 1e-4) -> torch.Tensor:
     """Bias whose softplus is log-uniform in [low, high]: Mamba's initial step sizes."""
-    step = torch.exp(torch.rand(shape) * (math.log(high) - math.log(low)) + math.log(low)).clamp_(min=floor)
+    drawn = torch.rand(shape)
+    if drawn.is_meta:  # no values, but what follows would take time
+        return drawn
+    step = torch.exp(drawn * (math.log(high) - math.log(low)) + math.log(low)).clamp_(min=floor)
     return step + torch.log(-torch.expm1(-step))  # inverse of softplus
 
 
