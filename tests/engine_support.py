@@ -1,8 +1,10 @@
 """Small pictures and a small config for the tests of the engine."""
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -111,3 +113,35 @@ def run_python(*arguments: str | Path, timeout: float = 240, gpus: bool = False)
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=out, stderr=error, timeout=timeout).returncode
         out.seek(0), error.seek(0)
         return subprocess.CompletedProcess(command, code, out.read(), error.read())
+
+
+_COMMANDS_OF_A_RANK = """
+import contextlib, json, runpy, sys
+from torch import distributed
+distributed.init_process_group("gloo")
+leave, distributed.destroy_process_group = distributed.destroy_process_group, lambda: None  # one group for all commands
+folder, rank = sys.argv[1], distributed.get_rank()
+for number, arguments in enumerate(json.load(open(f"{folder}/commands.json"))):
+    sys.argv = arguments
+    with open(f"{folder}/{number}_{rank}.txt", "w") as out, contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as stop:
+            if stop.code:
+                raise
+leave()
+"""
+
+
+def run_in_two_processes(folder: Path, *commands: Sequence[str | Path]) -> list[str]:
+    """Tools with their arguments, one after the other in two processes of torchrun, which import all they need once.
+
+    Returns what the processes printed during each command. Files are left in `folder`, which must be new.
+    """
+    folder.mkdir()
+    (folder / "commands.json").write_text(json.dumps([list(map(str, arguments)) for arguments in commands]))
+    (folder / "rank.py").write_text(_COMMANDS_OF_A_RANK)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = run_python(*launch, folder / "rank.py", folder)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return ["".join(file.read_text() for file in sorted(folder.glob(f"{i}_*.txt"))) for i in range(len(commands))]

@@ -25,8 +25,13 @@ def load(name: str) -> dict:
     return json.loads((ROOT / f"{name}.json").read_text())
 
 
+_STREAM = np.random.RandomState()  # which is frozen: one stream on every version
+_LATEST: dict[tuple, torch.Tensor] = {}
+
+
 def _random(name: str) -> np.random.RandomState:
-    return np.random.RandomState(zlib.crc32(name.encode()))  # RandomState is frozen: one stream on every version
+    _STREAM.seed(zlib.crc32(name.encode()))  # much cheaper than another RandomState, for tens of thousands of tensors
+    return _STREAM
 
 
 def tensor_for(key: str, shape: list[int], dtype: str = "float32") -> torch.Tensor:
@@ -44,7 +49,8 @@ def tensor_for(key: str, shape: list[int], dtype: str = "float32") -> torch.Tens
     elif leaf in ("dt_projs_bias", "dt_bias") or key.endswith(("dt_proj.bias", "dt_proj_b.bias")):
         value = -3.0 + 0.5 * noise
     elif len(shape) >= 2:
-        value = noise / np.sqrt(max(int(np.prod(shape[1:])), 1))
+        value, scale = np.empty(shape, np.float32), np.sqrt(max(int(np.prod(shape[1:])), 1))
+        np.divide(noise, scale, out=value, casting="same_kind")
     elif leaf == "weight":
         value = 1.0 + 0.1 * noise
     else:
@@ -53,13 +59,20 @@ def tensor_for(key: str, shape: list[int], dtype: str = "float32") -> torch.Tens
 
 
 def weights(case: dict) -> dict[str, torch.Tensor]:
-    """Checkpoint of a case under the original's keys; overrides replace a whole tensor by one number."""
+    """Checkpoint of a case under the original's keys; overrides replace a whole tensor by one number.
+
+    Tensors that the case before had as well are used again, unless they were changed since.
+    """
     skipped, dtypes = case.get("constructed", ()), case.get("dtypes", {})
-    tensors = {
-        key: tensor_for(key, shape, dtypes.get(key, "float32"))
-        for key, shape in case["state_dict"].items()
-        if key not in skipped
-    }
+    tensors, before = {}, dict(_LATEST)
+    _LATEST.clear()
+    for key, shape in case["state_dict"].items():
+        if key in skipped:
+            continue
+        rule = key, tuple(shape), dtypes.get(key, "float32")
+        known = before.get(rule)
+        tensors[key] = tensor_for(*rule) if known is None or known._version else known
+        _LATEST[rule] = tensors[key]
     for key, value in case.get("overrides", {}).items():
         tensors[key] = torch.full_like(tensors[key], value)
     return tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dense_support import BATCH, SIDE, TRAIN, detection_config, segmentation_config, write_dense_pictures
-from engine_support import ROOT, differences, run_python, runs_are_exact
+from engine_support import ROOT, differences, run_in_two_processes, runs_are_exact
 from mmengine.config import Config
 from PIL import Image
 
@@ -152,26 +152,22 @@ def test_bfloat16_on_a_cpu(kind, pictures, tmp_path):
     assert len(losses) >= 2 and all(torch.isfinite(torch.tensor(row[1])) for row in losses)
 
 
-@pytest.mark.parametrize("kind", ["segmentation", "detection"])
-def test_two_processes_train_and_test(kind, pictures, request, tmp_path):
+def test_two_processes_train_and_test(pictures, tmp_path):
     """Through torchrun on CPUs, where SyncBN gives way to BN."""
-    build = segmentation_config if kind == "segmentation" else detection_config
-    cfg = build(pictures, tmp_path, 2 if kind == "segmentation" else 1)
-    cfg.dump(tmp_path / "config.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    trained = run_python(*launch, ROOT / "tools" / "train.py", tmp_path / "config.py", "--launcher", "pytorch")
-    assert trained.returncode == 0, trained.stderr[-4000:]
-    last = tmp_path / ("iter_2.pth" if kind == "segmentation" else "epoch_1.pth")
-    meta = read_training(last)["meta"]
-    assert (meta["world_size"], meta["iter"], meta["batch_size"]) == (2, 2, BATCH)
-    tested = run_python(
-        *launch, ROOT / "tools" / "test.py", tmp_path / "config.py", last, "--launcher", "pytorch",
-        "--work-dir", tmp_path / "test",
-    )  # fmt: skip
-    assert tested.returncode == 0, tested.stderr[-4000:]
-    metric = "mIoU" if kind == "segmentation" else "coco/bbox_mAP"
-    assert tested.stdout.count(f" {metric} ") == 1
-    assert not [path for folder in (ROOT, tmp_path, tmp_path / "test") for name in (".dist_test", ".collected") if (path := folder / name).exists()]
+    runs, commands = tmp_path / "runs", []
+    last = {"segmentation": "iter_2.pth", "detection": "epoch_1.pth"}
+    for kind, build, length in (("segmentation", segmentation_config, 2), ("detection", detection_config, 1)):
+        build(pictures, runs / kind, length).dump(tmp_path / f"{kind}.py")
+        common = [tmp_path / f"{kind}.py", "--launcher", "pytorch"]
+        commands.append([ROOT / "tools" / "train.py", *common])
+        commands.append([ROOT / "tools" / "test.py", *common, runs / kind / last[kind], "--work-dir", runs / kind / "test"])
+    printed = run_in_two_processes(tmp_path / "launch", *commands)
+    for kind, metric, tested in (("segmentation", "mIoU", printed[1]), ("detection", "coco/bbox_mAP", printed[3])):
+        meta = read_training(runs / kind / last[kind])["meta"]
+        assert (meta["world_size"], meta["iter"], meta["batch_size"]) == (2, 2, BATCH)
+        assert tested.count(f" {metric} ") == 1
+        for folder in (ROOT, runs / kind, runs / kind / "test"):
+            assert not [name for name in (".dist_test", ".collected") if (folder / name).exists()]
 
 
 def failing(capsys, cfg: Config, folder: Path, *flags: str) -> str:
