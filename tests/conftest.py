@@ -25,7 +25,7 @@ def _interpret_kernels():
 
 
 def _patch_language_once_per_launch():
-    """Spare Triton's interpreter two thirds of its time.
+    """Spare Triton's interpreter most of its time with kernels that call many functions.
 
     It patches `triton.language` when a kernel is launched, and again at every call of a device function, where nothing
     is left to patch unless the function's module sees other parts of the language. So once per module and launch is enough.

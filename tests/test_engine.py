@@ -7,14 +7,15 @@ import os
 import pickle
 import random
 import re
-import textwrap
+import resource
+import signal
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from engine_support import CLASSES, EXACT, ITERATIONS, differences, plain, run_python, runs_are_exact, small_config
+from engine_support import CLASSES, EXACT, ITERATIONS, differences, plain, runs_are_exact, small_config
 from mmengine.logging import MessageHub
 from mmengine.runner import EpochBasedTrainLoop
 from timm.models import group_parameters
@@ -375,20 +376,16 @@ def test_interrupted_write_keeps_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_full_disk_is_reported_and_leaves_the_last_checkpoint(tmp_path):
-    script = textwrap.dedent(
-        """
-        import resource, signal, sys, torch
-        from vision_ssm.engine import write_checkpoint
-        write_checkpoint({"state_dict": {"weight": torch.ones(10)}}, sys.argv[1])
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        write_checkpoint({"state_dict": {"weight": torch.zeros(1_000_000)}}, sys.argv[1])
-        """
-    )
-    process = run_python("-c", script, tmp_path / "epoch_1.pth")
-    assert process.returncode == 1
-    assert "CheckpointError: could not write checkpoint" in process.stderr
-    assert re.search(r"MiB written, [\d.]+ MiB free", process.stderr) and "are untouched" in process.stderr
+    write_checkpoint({"state_dict": {"weight": torch.ones(10)}}, tmp_path / "epoch_1.pth")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        with pytest.raises(CheckpointError, match="could not write checkpoint") as error:
+            write_checkpoint({"state_dict": {"weight": torch.zeros(1_000_000)}}, tmp_path / "epoch_1.pth")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.search(r"MiB written, [\d.]+ MiB free", str(error.value)) and "are untouched" in str(error.value)
     assert [file.name for file in tmp_path.iterdir()] == ["epoch_1.pth"]
     assert torch.equal(read_training(tmp_path / "epoch_1.pth")["state_dict"]["weight"], torch.ones(10))
 

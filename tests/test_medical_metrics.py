@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import multiprocessing
 import time
 import warnings
 from pathlib import Path
@@ -10,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_support import run_python
 from mmengine.registry import METRICS as ROOT_METRICS
 from rich.console import Console
 from scipy import ndimage
 from scipy.spatial.distance import cdist
+from torch import distributed as dist
 
 import vision_ssm.engine.medical_surface as medical_surface
 from vision_ssm.engine import GlobalMetric, VolumeMetric, score_volume
@@ -398,37 +399,32 @@ def test_bad_settings():
         VolumeMetric(per_class=("dise",))
 
 
-SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[2])
-import torch.distributed as dist
-from test_medical_metrics import META, samples
-from vision_ssm.engine import GlobalMetric, VolumeMetric
-dist.init_process_group("gloo")
-given = samples()
-mine = [given[0], given[2]] if dist.get_rank() == 0 else [given[1], given[0]]  # the sampler repeats the first one
-found = {}
-for metric in (VolumeMetric(), GlobalMetric()):
-    metric.dataset_meta = META
-    for sample in mine:
-        metric.process({}, [sample])
-    found[type(metric).__name__] = metric.evaluate(len(given))
-    if dist.get_rank() == 0 and isinstance(metric, VolumeMetric):
-        found["cases"] = metric.evaluation.cases
-if dist.get_rank() == 0:
-    json.dump(found, open(sys.argv[1], "w"))
-dist.barrier()
-dist.destroy_process_group()
-"""
+def evaluate_as_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    given = samples()
+    mine = [given[1], given[0]] if rank else [given[0], given[2]]  # the sampler repeats the first one
+    found = {}
+    for metric in (VolumeMetric(), GlobalMetric()):
+        metric.dataset_meta = META
+        for sample in mine:
+            metric.process({}, [sample])
+        found[type(metric).__name__] = metric.evaluate(len(given))
+        if rank == 0 and isinstance(metric, VolumeMetric):
+            found["cases"] = metric.evaluation.cases
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    process = run_python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "script.py",
-        tmp_path / "found.json", Path(__file__).parent,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-4000:]
+    fork = multiprocessing.get_context("fork")  # with all that has been imported
+    processes = [fork.Process(target=evaluate_as_rank, args=(rank, tmp_path), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["cases"] == ["case0", "case1", "case2"]
     for kind in (VolumeMetric, GlobalMetric):

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -214,6 +215,12 @@ class Runner(mmengine.runner.Runner):
             model = model.module
         return model
 
+    @cached_property
+    def _config_text(self) -> str:
+        """The config as every checkpoint holds it, formatted once: that takes longer than to write a small file."""
+        text: str = self.cfg.pretty_text
+        return text
+
     def save_checkpoint(
         self,
         out_dir: str,
@@ -241,7 +248,7 @@ class Runner(mmengine.runner.Runner):
         meta = {
             **(meta or {}),
             **position,
-            "cfg": self.cfg.pretty_text,
+            "cfg": self._config_text,
             "fingerprint": fingerprint(self.cfg),
             "seed": self.seed,
             "world_size": self.world_size,
