@@ -5,14 +5,24 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from dense_support import BATCH, SIDE, TRAIN, detection_config, segmentation_config, write_dense_pictures
+from dense_support import (
+    BATCH,
+    CLASSES,
+    PALETTE,
+    SIDE,
+    TRAIN,
+    detection_config,
+    segmentation_config,
+    write_dense_pictures,
+)
 from engine_support import ROOT, differences, run_in_two_processes, runs_are_exact
 from mmengine.config import Config
 from PIL import Image
 
-from vision_ssm.engine import Runner, commands, read_training
+from vision_ssm.engine import Runner, SampleDrawer, commands, read_training
 from vision_ssm.engine.config import UsageError, set_data_root
 from vision_ssm.engine.dense import LEAST_SIDE
 from vision_ssm.engine.predict_command import predict
@@ -99,6 +109,16 @@ def test_picture_of_a_run(kind, request):
     """Truth beside prediction of every validation image, and curves."""
     work_dir = request.getfixturevalue(kind)
     assert all(Image.open(work_dir / name).size[0] > 500 for name in ("predictions.png", "curves.png"))
+
+
+def test_names_of_classes_stand_where_mmseg_puts_them():
+    from mmseg.visualization import SegLocalVisualizer
+
+    ours, theirs = SampleDrawer("segmentation", dict(classes=CLASSES, palette=PALETTE)).visualizer, SegLocalVisualizer
+    generator = np.random.default_rng(0)
+    for share in (0.02, 0.5, 1.0):
+        mask = (generator.random((9, 14)) < share).astype(np.uint8)
+        assert ours._get_center_loc(mask).tolist() == theirs._get_center_loc(ours, mask).tolist()
 
 
 @pytest.mark.parametrize("kind", ["segmentation", "detection"])
