@@ -17,11 +17,7 @@ from vision_ssm.engine.visualize_options import build_parser
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-LONG = ("own_images", "segmentation", "volumes")  # these train
-PAGES = [
-    pytest.param(page.stem, marks=pytest.mark.slow if page.stem in LONG else ())
-    for page in sorted((DOCS / "tutorials").glob("*.md"))
-]
+PAGES = sorted(page.stem for page in (DOCS / "tutorials").glob("*.md"))
 BIGGEST_PICTURE = 80_000  # bytes
 # Runs the blocks of a page, given as json, in order: python in one namespace, sh in a shell.
 RUNNER = """
