@@ -6,7 +6,7 @@ import torch
 
 import vision_ssm
 from vision_ssm import CheckpointError
-from vision_ssm.backbones.base import _add
+from vision_ssm.backbones.base import add_branch
 from vision_ssm.backbones.groupmamba import GroupBlock, GroupMamba
 from vision_ssm.layers import ConvMlp, DistilledHead
 from vision_ssm.scans import MultiDirectionScan, build_routes, build_scan
@@ -50,7 +50,7 @@ def test_golden_operator(part):
     module.load_state_dict(ours(weights, part))
     x = golden_cases.images(case["input"]).double().requires_grad_()
     grid = x.unflatten(1, (config["H"], config["W"]))  # neither is square: column routes have true gradients
-    y = (module(grid) if part == "layer" else _add(*module(grid))).flatten(1, 2)
+    y = (module(grid) if part == "layer" else add_branch(*module(grid))).flatten(1, 2)
     (y * golden_cases.images(case["cotangent"]).double()).sum().backward()
     torch.testing.assert_close(y, golden_cases.array(case["output"]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(x.grad, golden_cases.array(case["grad_input"]), rtol=1e-9, atol=1e-9)

@@ -21,6 +21,7 @@ from vision_ssm.engine.dense import DensePredictor
 from vision_ssm.engine.official import find_checkpoint
 from vision_ssm.engine.predict_command import predict
 from vision_ssm.engine.whole_model import has_heads, load_whole_model
+from vision_ssm.integrations.official_models import OFFICIAL_MODELS
 
 CASE = "vmamba/vmamba_tiny_s1l8_dense_96x160"
 
@@ -166,15 +167,16 @@ def test_official_is_fetched_for_the_config(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cache").mkdir()
     shutil.copy(run / "official.pth", tmp_path / "cache" / "upernet.pth")
+    links = {"mine": ("https://drive.google.com/file/d/1/view", "upernet.pth")}
+    monkeypatch.setattr("vision_ssm.engine.official.OFFICIAL_MODELS", links)
     config = tmp_path / "mine.py"
-    text = f"_base_ = {str(run / 'config.py')!r}\nofficial = dict(file={{!r}}, url='https://drive.google.com/file/d/1/view')"
-    config.write_text(text.format("upernet.pth"))
+    config.write_text(f"_base_ = {str(run / 'config.py')!r}")
     cfg = Config.fromfile(str(config))
-    assert find_checkpoint("official", cfg, "mine.py") == str(tmp_path / "cache" / "upernet.pth")
-    assert find_checkpoint("other.pth", cfg, "mine.py") == "other.pth"
+    assert find_checkpoint("official", cfg, str(config)) == str(tmp_path / "cache" / "upernet.pth")
+    assert find_checkpoint("other.pth", cfg, str(config)) == "other.pth"
     picture = next(Path(cfg.data_root).glob("images/validation/*.jpg"))
     assert predict([str(config), "official", str(picture), "--score", "0", "--out", "one.png"]) == 0
-    config.write_text(text.format("other.pth"))
+    links["mine"] = (links["mine"][0], "other.pth")
     with pytest.raises(SystemExit):
         commands.test([str(config), "official"])
     error = capsys.readouterr().err
@@ -190,15 +192,13 @@ def test_official_for_classifiers_and_where_there_is_none(run, tmp_path, monkeyp
     model["backbone"] = dict(name="vmamba_micro")
     with pytest.raises(UsageError, match="official weights for x.py: .*no official weights are published for it"):
         find_checkpoint("official", Config(dict(model=model)), "x.py")
-    with pytest.raises(UsageError, match="no official weights are published for the whole model of run.py; configs that"):
+    with pytest.raises(UsageError, match="no official weights are published for the whole model of run.py: they are for the configs"):
         find_checkpoint("official", Config.fromfile(str(run / "config.py")), "run.py")
 
 
-def test_every_official_entry_of_a_config_has_a_file_and_a_link():
-    files = []
-    for path in sorted((ROOT / "configs").glob("*/*.py")):
-        if path.parent.name != "_base_" and "\nofficial = " in path.read_text():
-            entry = Config.fromfile(str(path)).official
-            assert set(entry) == {"file", "url"} and entry.url.startswith("https://") and entry.file.endswith(".pth")
-            files.append(entry.file)
-    assert len(files) == len(set(files)) >= 39
+def test_every_official_model_has_a_config_a_link_and_a_file_of_its_own():
+    configs = {path.stem for path in (ROOT / "configs").glob("*/*.py") if path.parent.name != "_base_"}
+    assert set(OFFICIAL_MODELS) <= configs and len(OFFICIAL_MODELS) == 39
+    links, files = zip(*OFFICIAL_MODELS.values(), strict=True)
+    assert len(set(links)) == len(set(files)) == 39
+    assert all(link.startswith("https://") for link in links) and all(file.endswith(".pth") for file in files)

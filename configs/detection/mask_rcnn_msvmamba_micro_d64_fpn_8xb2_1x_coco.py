@@ -11,7 +11,3 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-official = dict(
-    file="mask_rcnn_msvmamba_micro_d64_fpn_8xb2_1x_coco.pth",
-    url="https://drive.google.com/drive/folders/12CrNAGBalU0yoQcQgPTGO5lM397Jc4La",
-)

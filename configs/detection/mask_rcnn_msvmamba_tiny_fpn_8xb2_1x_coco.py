@@ -8,7 +8,3 @@ model = dict(
     backbone=dict(type="vision_ssm.MSVMamba", variant="msvmamba_tiny", drop_path_rate=0.2, init_cfg=None),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-official = dict(
-    file="mask_rcnn_msvmamba_tiny_fpn_8xb2_1x_coco.pth",
-    url="https://drive.google.com/drive/folders/1MogQ6PGdrgsyJckJTL9BJzlMCodJ3epu",
-)

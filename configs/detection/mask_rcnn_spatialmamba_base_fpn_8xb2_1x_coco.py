@@ -8,7 +8,3 @@ model = dict(
     backbone=dict(type="vision_ssm.SpatialMamba", variant="spatialmamba_base", drop_path_rate=0.5, init_cfg=None),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-official = dict(
-    file="mask_rcnn_spatialmamba_base_fpn_8xb2_1x_coco.pth",
-    url="https://drive.google.com/file/d/1oTyT0q88ernqc1_IyqBWHrVJJPGNRN8r/view",
-)

@@ -8,7 +8,3 @@ model = dict(
     backbone=dict(type="vision_ssm.SpatialMamba", variant="spatialmamba_small", drop_path_rate=0.3, init_cfg=None),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-official = dict(
-    file="mask_rcnn_spatialmamba_small_fpn_8xb2_1x_coco.pth",
-    url="https://drive.google.com/file/d/1pzjz1A6nWA9W2FW2Ymg5JSAMbvxmc2hP/view",
-)

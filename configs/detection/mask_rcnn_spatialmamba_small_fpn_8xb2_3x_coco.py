@@ -8,7 +8,3 @@ model = dict(
     backbone=dict(type="vision_ssm.SpatialMamba", variant="spatialmamba_small", drop_path_rate=0.3, init_cfg=None),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-official = dict(
-    file="mask_rcnn_spatialmamba_small_fpn_8xb2_3x_coco.pth",
-    url="https://drive.google.com/file/d/19fDAk8cyMplgVRKqU0BC_3l1NxXzHYl_/view",
-)

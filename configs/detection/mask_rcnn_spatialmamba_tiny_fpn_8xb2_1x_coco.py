@@ -8,7 +8,3 @@ model = dict(
     backbone=dict(type="vision_ssm.SpatialMamba", variant="spatialmamba_tiny", drop_path_rate=0.2, init_cfg=None),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-official = dict(
-    file="mask_rcnn_spatialmamba_tiny_fpn_8xb2_1x_coco.pth",
-    url="https://drive.google.com/file/d/1lmA0_pBQbvuMkJD1R5m3oS_2jXaSy3N3/view",
-)

@@ -11,8 +11,3 @@ model = dict(
     ),
     neck=dict(in_channels=[128, 256, 512, 1024]),
 )
-official = dict(
-    file="mask_rcnn_vssm_fpn_coco_base_epoch_11.pth",
-    url="https://github.com/MzeroMiko/VMamba/releases/download/"
-    "%23v2det/mask_rcnn_vssm_fpn_coco_base_epoch_11.pth",
-)

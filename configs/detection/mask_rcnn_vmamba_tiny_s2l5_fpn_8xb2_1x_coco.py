@@ -11,8 +11,3 @@ model = dict(
     ),
     neck=dict(in_channels=[96, 192, 384, 768]),
 )
-official = dict(
-    file="mask_rcnn_vssm_fpn_coco_tiny_epoch_12.pth",
-    url="https://github.com/MzeroMiko/VMamba/releases/download/"
-    "%23v2det/mask_rcnn_vssm_fpn_coco_tiny_epoch_12.pth",
-)

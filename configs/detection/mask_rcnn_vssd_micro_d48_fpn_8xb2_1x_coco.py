@@ -11,7 +11,3 @@ model = dict(
     ),
     neck=dict(in_channels=[48, 96, 192, 384]),
 )
-official = dict(
-    file="mask_rcnn_vssd_fpn_coco_micro.pth",
-    url="https://huggingface.co/YuhengSSS/VSSD/resolve/main/mask_rcnn_vssd_fpn_coco_micro.pth",
-)

@@ -10,7 +10,3 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512]),
 )
-official = dict(
-    file="mask_rcnn_vssd_fpn_coco_tiny_3x.pth",
-    url="https://huggingface.co/YuhengSSS/VSSD/resolve/main/mask_rcnn_vssd_fpn_coco_tiny_3x.pth",
-)

@@ -7,7 +7,3 @@ _base_ = [
     "../_base_/schedules/pose_210e.py",
 ]
 model = dict(backbone=dict(name="hrvmamba_base_pose", drop_path_rate=0.2))
-official = dict(
-    file="heatmap_hrvmamba_base_pose_8xb32_210e_coco_256x192.pth",
-    url="https://drive.google.com/file/d/14JE7v6jdxtJaEMJCatqbmuhLkfBYVBOX/view",
-)

@@ -7,7 +7,3 @@ _base_ = [
     "../_base_/schedules/pose_210e.py",
 ]
 model = dict(backbone=dict(name="hrvmamba_base_pose", drop_path_rate=0.6))
-official = dict(
-    file="heatmap_hrvmamba_base_pose_8xb32_210e_coco_384x288.pth",
-    url="https://drive.google.com/file/d/161d_LhWBBvBOSXxPBGRBNCjYr8PP0w9c/view",
-)

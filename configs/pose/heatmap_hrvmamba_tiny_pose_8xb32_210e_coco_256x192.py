@@ -7,7 +7,3 @@ _base_ = [
     "../_base_/schedules/pose_210e.py",
 ]
 model = dict(backbone=dict(name="hrvmamba_tiny_pose", drop_path_rate=0.0))
-official = dict(
-    file="heatmap_hrvmamba_tiny_pose_8xb32_210e_coco_256x192.pth",
-    url="https://drive.google.com/file/d/1cj6VPnSiyCDQHuDEZIIytyEQO-Xr-pPO/view",
-)

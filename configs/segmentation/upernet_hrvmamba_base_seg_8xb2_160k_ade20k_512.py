@@ -13,7 +13,3 @@ model = dict(
 train_dataloader = dict(batch_size=2)
 param_scheduler = [dict(type="LinearLR", start_factor=1e-5, begin=0, end=1500, by_epoch=False),
                    dict(type="PolyLR", power=1.0, eta_min=0.0, begin=1500, end=160000, by_epoch=False)]
-official = dict(
-    file="upernet_hrvmamba_base_seg_8xb2_160k_ade20k_512.pth",
-    url="https://drive.google.com/file/d/1O288Y_VhuWRtTXO2WpTbGkEwEn2raik-/view",
-)

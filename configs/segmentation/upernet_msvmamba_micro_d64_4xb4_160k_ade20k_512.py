@@ -10,7 +10,3 @@ model = dict(
     ),
     decode_head=dict(in_channels=[64, 128, 256, 512]), auxiliary_head=dict(in_channels=256),
 )
-official = dict(
-    file="upernet_msvmamba_micro_d64_4xb4_160k_ade20k_512.pth",
-    url="https://drive.google.com/drive/folders/1naZHL4mwTchllAE001SsyZ_z4y_JRF0s",
-)

@@ -7,7 +7,3 @@ model = dict(
     backbone=dict(type="vision_ssm.MSVMamba", variant="msvmamba_tiny", drop_path_rate=0.2, init_cfg=None),
     decode_head=dict(in_channels=[96, 192, 384, 768]), auxiliary_head=dict(in_channels=384),
 )
-official = dict(
-    file="upernet_msvmamba_tiny_4xb4_160k_ade20k_512.pth",
-    url="https://drive.google.com/drive/folders/1FaFPFExDd_4goIlLjTR7fXsuMRr-vYoY",
-)

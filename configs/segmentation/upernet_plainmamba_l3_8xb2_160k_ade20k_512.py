@@ -13,7 +13,3 @@ model = dict(
 )
 train_dataloader = dict(batch_size=2)
 optim_wrapper = dict(paramwise_cfg=dict(_delete_=True))
-official = dict(
-    file="plainmamba_l3_upernet.pth",
-    url="https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/segmentation/l3_upernet.pth",
-)

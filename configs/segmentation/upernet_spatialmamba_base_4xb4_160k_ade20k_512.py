@@ -8,7 +8,3 @@ model = dict(
     decode_head=dict(in_channels=[96, 192, 384, 768]), auxiliary_head=dict(in_channels=384),
 )
 tta_pipeline = {{_base_.three_scales_pipeline}}
-official = dict(
-    file="upernet_spatialmamba_base_4xb4_160k_ade20k_512.pth",
-    url="https://drive.google.com/file/d/1DLSC20TiSfzWrdgLRSdgrhnDn79nruB6/view",
-)

@@ -8,7 +8,3 @@ model = dict(
     decode_head=dict(in_channels=[64, 128, 256, 512]), auxiliary_head=dict(in_channels=256),
 )
 tta_pipeline = {{_base_.three_scales_pipeline}}
-official = dict(
-    file="upernet_spatialmamba_tiny_4xb4_160k_ade20k_512.pth",
-    url="https://drive.google.com/file/d/1ngRweMh6vLjfZ43fb_o_ZyHs6psxb6Ix/view",
-)

@@ -10,8 +10,3 @@ model = dict(
     ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]), auxiliary_head=dict(in_channels=512),
 )
-official = dict(
-    file="upernet_vssm_4xb4-160k_ade20k-512x512_base_iter_160000.pth",
-    url="https://github.com/MzeroMiko/VMamba/releases/download/"
-    "%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_base_iter_160000.pth",
-)

@@ -10,8 +10,3 @@ model = dict(
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]), auxiliary_head=dict(in_channels=384),
 )
-official = dict(
-    file="upernet_vssm_4xb4-160k_ade20k-512x512_small_iter_144000.pth",
-    url="https://github.com/MzeroMiko/VMamba/releases/download/"
-    "%23v2seg/upernet_vssm_4xb4-160k_ade20k-512x512_small_iter_144000.pth",
-)

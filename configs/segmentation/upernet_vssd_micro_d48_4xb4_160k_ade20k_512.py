@@ -11,8 +11,3 @@ model = dict(
     decode_head=dict(in_channels=[48, 96, 192, 384]), auxiliary_head=dict(in_channels=192),
 )
 tta_pipeline = {{_base_.three_scales_pipeline}}
-official = dict(
-    file="upernet_vssd_final_4xb4-160k_ade20k-512x512_micro.pth",
-    url="https://huggingface.co/YuhengSSS/VSSD/resolve/main/"
-    "upernet_vssd_final_4xb4-160k_ade20k-512x512_micro.pth",
-)

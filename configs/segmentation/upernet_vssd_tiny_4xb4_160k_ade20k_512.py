@@ -11,7 +11,3 @@ model = dict(
     decode_head=dict(in_channels=[64, 128, 256, 512]), auxiliary_head=dict(in_channels=256),
 )
 tta_pipeline = {{_base_.three_scales_pipeline}}
-official = dict(
-    file="upernet_vssd_4xb4-160k_ade20k-512x512_tiny.pth",
-    url="https://huggingface.co/YuhengSSS/VSSD/resolve/main/upernet_vssd_4xb4-160k_ade20k-512x512_tiny.pth",
-)

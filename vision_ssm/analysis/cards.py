@@ -1,6 +1,5 @@
 """The generated parts of the model cards: front matter, tables of variants and recipes, pictures of routes."""
 
-import ast
 import io
 import re
 import sys
@@ -13,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 
 from ..backbones.family import ModelFamily
 from ..factory import create_model, families, unet_families
+from ..integrations.official_models import OFFICIAL_MODELS
 from ..registry import suggest
 from .macs import count_operations
 from .marked import fill_marked, markdown_table, short_size
@@ -158,15 +158,6 @@ def transform_line(family: str) -> str:
     return "\n".join(f"- {', '.join(names)}: {line}" for line, names in classifiers.items())
 
 
-def _published_weights(config: Path) -> str | None:
-    """The link in ``official = dict(url=..., ...)`` of a config, which is not run."""
-    for node in ast.parse(config.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "official":
-            assert isinstance(node.value, ast.Call)
-            return next(ast.literal_eval(word.value) for word in node.value.keywords if word.arg == "url")
-    return None
-
-
 def recipe_list(family: str, configs: Path) -> str:
     """Links to every config that names a variant of the family, by task, and to weights that are published for it."""
     known = card_families()
@@ -178,7 +169,7 @@ def recipe_list(family: str, configs: Path) -> str:
             named = [name for name in owners if f"_{name}_" in stem]
             owner = owners[max(named, key=len)] if named else path.stem.split("_")[0]
             if owner == family:
-                url = _published_weights(path)
+                url, _ = OFFICIAL_MODELS.get(path.stem, (None, None))
                 link = "" if url is None else f" ([weights]({url}))"
                 by_task.setdefault(task, []).append(f"[{path.stem}](../configs/{task}/{path.name}){link}")
     if not by_task:
