@@ -409,11 +409,11 @@ def test_registry_builds_them(tmp_path):
     }  # fmt: skip
     for kind in kinds:
         root = next(root for name, root in roots.items() if kind.startswith(name))
-        dataset = DATASETS.build(dict(type=kind, root=str(root)))
+        dataset = DATASETS.build(dict(type=f"vision_ssm.{kind}", root=str(root)))
         assert len(dataset) and set(dataset.metainfo) == {"classes", "palette"} and kind in repr(dataset)
         assert set(dataset[0]) in ({"volume"}, {"image", "mask", "case", "index"})
         with pytest.raises(TypeError):
-            DATASETS.build(dict(type=kind, root=str(root), splitt="train"))
+            DATASETS.build(dict(type=f"vision_ssm.{kind}", root=str(root), splitt="train"))
         assert not check_dataset(dataset, full=False).problems
     with pytest.raises(ValueError, match="unknown classes 'synapsi'. Did you mean 'synapse'"):
         SynapseSlices(roots["Synapse"], classes="synapsi")
