@@ -720,9 +720,12 @@ def test_finite_model_is_not_accused(classifier):
     assert "repeating the iteration gave finite numbers" in find_non_finite(classifier, batch())
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("module", "what"), [(Poison, "loss"), (Root, "gradient")])
-def test_training_stops_before_weights_are_poisoned(module, what, data, tmp_path):
-    runner = Runner.from_cfg(plain(small_config(data, tmp_path)))
+def test_training_stops_before_weights_are_poisoned(module, what, fused, data, tmp_path):
+    cfg = plain(small_config(data, tmp_path))
+    cfg.optim_wrapper.optimizer.fused = fused  # a fused optimizer skips the step by itself
+    runner = Runner.from_cfg(cfg)
     model = runner.bare_model
     wrap(model, module())
     start = {name: value.clone() for name, value in model.state_dict().items()}
@@ -732,6 +735,32 @@ def test_training_stops_before_weights_are_poisoned(module, what, data, tmp_path
     assert f"the {what} became nan in iteration 1 (epoch 1): " in message and "stages.1.blocks.0.mlp" in message
     assert "No weight was changed" in message and ".png" in message
     assert differences(start, model.state_dict()) == []
+    assert all(float(state["step"]) == 0 for state in runner.optim_wrapper.optimizer.state.values())
+
+
+def test_fused_step_is_that_of_a_step_behind_its_guards(classifier):
+    weights, seen = [], []
+    for fused in (False, True):
+        model = copy.deepcopy(classifier)
+        wrapper = MixedPrecisionOptimWrapper(
+            torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused), clip_grad=dict(max_norm=1.0)
+        )
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        changed = []
+
+        def guard(what, value, model=model, before=before, changed=changed):
+            changed.append((what, bool(torch.isfinite(value)), differences(before, model.state_dict()) != []))
+
+        wrapper.guards.append(guard)
+        for _ in range(3):
+            torch.manual_seed(0)
+            model.train_step(batch(), wrapper)
+        weights.append(model.state_dict())
+        seen.append(changed[:2])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-5, atol=1e-6)
+    assert seen[0] == [("loss", True, False), ("gradient", True, False)]
+    assert seen[1] == [("loss", True, True), ("gradient", True, True)]  # behind the step, which needs no wait
 
 
 # Whole runs

@@ -186,8 +186,10 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
         clip_grad: ``dict(max_norm=...)`` or ``dict(type="value", clip_value=...)``.
 
     Attributes:
-        guards: callables ``(what, value)`` that see the loss before the backward pass and the gradient norm before
-            the step (not in fp16, where overflow is the scaler's business); they raise to stop the run.
+        guards: callables ``(what, value)`` that see the loss and the gradient norm (not in fp16, where overflow is the
+            scaler's business); they raise to stop the run, and weights are then still those before the step. A fused
+            optimizer skips a step whose numbers are not finite by itself, so that guards look when the step has been
+            launched and the host need not wait for the GPU before it; with others they look first.
 
     Raises:
         ValueError: an unknown precision, or one that the device does not offer.
@@ -213,6 +215,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             raise ValueError("this GPU has no bfloat16 arithmetic; use 'fp16' (--amp fp16)")
         self.scaler = torch.amp.GradScaler(self.device_type, **(loss_scale or {})) if precision == "fp16" else None
         self.guards: list[Callable[[str, Tensor], None]] = []
+        self._watched: list[tuple[str, Tensor]] = []
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -231,8 +234,10 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
         return self._accumulative_counts
 
     def update_params(self, loss: Tensor, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
-        for guard in self.guards:
-            guard("loss", loss.detach())
+        if self.guards:
+            self._watched = [("loss", loss.detach())]
+            if not self._skips_by_itself():
+                self._look()
         super().update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
@@ -243,26 +248,49 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             self.scaler.unscale_(self.optimizer)
         norm = self._clip_grad() if self.clip_grad_kwargs else None
         if self.scaler is None:
-            if self.guards:
-                checked = torch.nn.utils.get_total_norm(self._gradients()) if norm is None else norm
-                for guard in self.guards:
-                    guard("gradient", checked)
-            self.optimizer.step(**kwargs)
+            self._watched_step(norm, **kwargs)
         else:
             self.scaler.step(self.optimizer, **kwargs)
             self.scaler.update()
+        if norm is not None:
+            self.message_hub.update_scalar(f"train/{self.grad_name}", float(norm))
+
+    def _skips_by_itself(self) -> bool:
+        """Whether the optimizer can be told on the device to change nothing, and every loss is seen before a step."""
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # as torch's own loss scaler asks
+        return fused and self.scaler is None and self._accumulative_counts == 1
+
+    def _look(self) -> None:
+        watched, self._watched = self._watched, []
+        for what, value in watched:
+            for guard in self.guards:
+                guard(what, value)
+
+    def _watched_step(self, norm: Tensor | None, **kwargs: Any) -> None:
+        if self.guards:
+            norm = torch.nn.utils.get_total_norm(self._gradients()) if norm is None else norm
+            self._watched.append(("gradient", norm.detach()))
+        if not (self._watched and self._skips_by_itself()):
+            self._look()
+            self.optimizer.step(**kwargs)
+            return
+        finite = torch.stack([torch.isfinite(value).all() for _, value in self._watched]).all()
+        optimizer: Any = self.optimizer
+        optimizer.found_inf = finite.logical_not().float()
+        try:
+            optimizer.step(**kwargs)
+        finally:
+            del optimizer.found_inf
+        self._look()
 
     def _gradients(self) -> list[Tensor]:
         parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def _clip_grad(self) -> Tensor | None:
-        """Clip, log and return the norm before clipping (None when values are clipped)."""
+        """Clip and return the norm before clipping (None when values are clipped)."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = self.clip_func([p for p in parameters if p.grad is not None], **self.clip_grad_kwargs)
-        if norm is not None:
-            self.message_hub.update_scalar(f"train/{self.grad_name}", float(norm))
-        return norm
+        return self.clip_func([p for p in parameters if p.grad is not None], **self.clip_grad_kwargs)
 
     def state_dict(self) -> dict:
         state = super().state_dict()

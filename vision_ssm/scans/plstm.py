@@ -114,26 +114,39 @@ class PLSTMScan(nn.Module):
         """(..., 4H) -> (..., H, 4, 1)"""
         return gates.unflatten(-1, (self.heads, ORIENTATIONS)).unsqueeze(-1)
 
+    def _linear(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, X, Y, C). Gates before their activation, (B, X, Y, G, 4H): transitions, sources and marks, angle.
+
+        One matrix product gives them all: rows of slices are filled up with zeros, which costs a GPU less than a
+        product of its own for every slice.
+        """
+        biases = torch.cat([self.transition_bias, self.gate_bias]).to(x.dtype)  # (G, 4H)
+        angle = None
+        if self.orientation_weight is not None and self.orientation_bias is not None:
+            scaled = self.orientation_weight.to(x.dtype) * (0.5 / x.shape[-1])  # (4H, C)
+            angle = scaled, self.orientation_bias.to(x.dtype)
+        if self.gate_weight is None:
+            given = biases.expand(*x.shape[:3], *biases.shape)
+            return given if angle is None else torch.cat([given, F.linear(x, *angle).unsqueeze(-2)], -2)
+        slices = torch.cat([self.transition_weight, self.gate_weight]).to(x.dtype)  # (G, 4H, C / 4H)
+        own = torch.eye(slices.shape[1], dtype=x.dtype, device=x.device).unsqueeze(-1)  # (4H, 4H, 1)
+        weights = (slices.unsqueeze(2) * own).flatten(2)  # (G, 4H, C)
+        if angle is not None:
+            weights, biases = torch.cat([weights, angle[0][None]]), torch.cat([biases, angle[1][None]])
+        return F.linear(x, weights.flatten(0, 1), biases.flatten()).unflatten(-1, biases.shape)
+
     def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """x: (B, X, Y, C). Returns the gates of `plstm2d` by name, in float32 at least."""
         with torch.autocast(x.device.type, enabled=False):
-            work = torch.promote_types(x.dtype, torch.float32)
-            x = x.to(work)
-            biases = torch.cat([self.transition_bias, self.gate_bias]).to(work)  # (G, 4H)
-            given = biases[:, None, None, None].expand(-1, *x.shape[:3], -1)  # (G, B, X, Y, 4H)
-            if self.gate_weight is not None:
-                weights = torch.cat([self.transition_weight, self.gate_weight]).to(work)  # (G, 4H, C / 4H)
-                given = given + torch.einsum("bxyns,gns->gbxyn", x.unflatten(-1, weights.shape[1:]), weights)
+            given = self._linear(x.to(torch.promote_types(x.dtype, torch.float32)))
             count = _TRANSITIONS[self.mode]
-            transitions = self._by_orientation(torch.tanh(5 * given[:count])).unsqueeze(-1)
-            levels = self._by_orientation(torch.sigmoid(given[count:]))
-            if self.orientation_weight is None or self.orientation_bias is None:
-                (rl, du, turn), (r, d, mark_l, mark_u) = transitions.unbind(), levels.unbind()
+            transitions = self._by_orientation(torch.tanh(5 * given[..., :count, :])).unsqueeze(-1).unbind(3)
+            levels = self._by_orientation(torch.sigmoid(given[..., count:, :])).unbind(3)
+            if self.mode == "diffusion":
+                (rl, du, turn), (r, d, mark_l, mark_u) = transitions, levels
                 turns = dict(T_dl=None, T_ru=turn) if self.chirality == "L" else dict(T_dl=turn, T_ru=None)
                 return dict(S_r=r, S_d=d, T_rl=rl, T_du=du, M_l=mark_l, M_u=mark_u, **turns)
-            angle = F.linear(x, self.orientation_weight.to(work)) * (0.5 / x.shape[-1])
-            share = self._by_orientation(torch.sigmoid(angle + self.orientation_bias.to(work)))  # (B, X, Y, H, 4, 1)
-            source, mark = levels.unbind()
+            source, mark, share = levels  # (B, X, Y, H, 4, 1) each
             right = share * source
             straight = share.unsqueeze(-1) * transitions[0]
             down = 1 - straight
