@@ -111,7 +111,7 @@ def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
     _style(panels[1], "Top-1 accuracy, %" if curves.metric == "top1" else curves.metric)
     if np.isfinite(curves.top1).any():
         accuracy = smoothed(curves.top1, window)
-        label = "train (augmented)" if curves.metric in ("top1", "dice") else "train accuracy (augmented)"
+        label = "train" if curves.metric in ("top1", "dice") else "train accuracy"
         panels[1].plot(curves.epochs[::step], accuracy[::step], color=BLUE, linewidth=1.8, label=label)
     best = [row[curves.metric] for row in curves.validation if curves.metric in row]
     if best:
