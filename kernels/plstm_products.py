@@ -13,23 +13,12 @@ from torch import Tensor
 
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import rounded, sum_products
+from .tiles import matrix_rows, rounded, sum_products
 
 _BLOCK = 64  # nodes on a side of a matrix product
 _CHANNELS = 64  # of a matrix product, at most
 _SMALLEST = 16  # side of a matrix product
 _WARPS = 4
-
-
-@triton.jit
-def _rows(base, number, length, stride, channel, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """Rows `number` and columns `channel` of a matrix with `length` rows and WIDTH columns; zeros outside."""
-    mask = (number < length)[:, None] & (channel < WIDTH)[None, :]
-    values = tl.load(base + number.to(tl.int64)[:, None] * stride + channel[None, :], mask=mask, other=0.0)
-    if values.dtype == dtype:
-        return values
-    else:
-        return rounded(values.to(tl.float32), dtype)
 
 
 @triton.jit
@@ -41,8 +30,8 @@ def _scores(
     scores = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first in tl.static_range(0, WIDTH, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
-        left = _rows(a, i, length, stride_a, channel, WIDTH, dtype)
-        right = _rows(b, j, length, stride_b, channel, WIDTH, dtype)
+        left = matrix_rows(a, i, length, stride_a, channel, WIDTH, dtype)
+        right = matrix_rows(b, j, length, stride_b, channel, WIDTH, dtype)
         scores = sum_products(left, tl.trans(right), scores, EXACT)
     return scores
 
@@ -87,7 +76,7 @@ def _plstm_products_kernel(
         weight = tl.load(weights + place, mask=(i < length)[:, None] & (j < length)[None, :], other=0.0)
         weight += tl.where(i[:, None] == j[None, :], own[:, None], 0.0)
         mixing = rounded(scores * weight * scale, dtype)
-        total = sum_products(mixing, _rows(z, j, length, stride_z, channel, OUT_WIDTH, dtype), total, EXACT)
+        total = sum_products(mixing, matrix_rows(z, j, length, stride_z, channel, OUT_WIDTH, dtype), total, EXACT)
     target = out + ((image * length + i) * HEADS + head)[:, None] * OUT_WIDTH + channel[None, :]
     total = rounded(total, out.dtype.element_ty)
     tl.store(target, total, mask=(i < length)[:, None] & (channel < OUT_WIDTH)[None, :])

@@ -23,7 +23,7 @@ from torch import Tensor
 from .carry import hand_on
 from .launch import launch
 from .sizes import ceil_div, power_of_2
-from .tiles import LN_2, LOG2_E, rounded, softplus_log2, softplus_slope, sum_products
+from .tiles import LN_2, LOG2_E, matrix_rows, rounded, softplus_log2, softplus_slope, sum_products
 
 _FEW_PROGRAMS = 264  # below this many, sequences are cut into stretches
 _SMALLEST = 16  # side of a matrix product
@@ -55,17 +55,6 @@ def _decay_out(dt, t, rate, shift, end, stride, SOFTPLUS: tl.constexpr):
     """Decay from every step of the chunk that ends before `end` to the chunk's end."""
     _, following = _steps(dt, t + 1, shift, end, stride, SOFTPLUS)
     return tl.exp2(tl.cumsum(following * rate, 0, reverse=True))
-
-
-@triton.jit
-def _rows(base, t, length, stride, columns, WIDTH: tl.constexpr, dtype: tl.constexpr):
-    """Rows `t` of a matrix with WIDTH columns, in `dtype`; zeros outside."""
-    mask = (t < length)[:, None] & (columns < WIDTH)[None, :]
-    values = tl.load(base + t.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    if values.dtype == dtype:
-        return values
-    else:
-        return rounded(values.to(tl.float32), dtype)
 
 
 @triton.jit
@@ -131,8 +120,8 @@ def _ssd_states_kernel(
             weight = tl.exp2(tl.cumsum(step * rate, 0))
         else:
             weight = step * LN_2 * _decay_out(dt, t, rate, shift, end, stride_tl, SOFTPLUS)
-        rows = _rows(matrix, t, length, stride_ml, n, STATES, tl.float32) * weight[:, None]
-        drive = _rows(values, t, length, stride_vl, p, WIDTH, dtype)
+        rows = matrix_rows(matrix, t, length, stride_ml, n, STATES, tl.float32) * weight[:, None]
+        drive = matrix_rows(values, t, length, stride_vl, p, WIDTH, dtype)
         state = sum_products(tl.trans(rounded(rows, dtype)), drive, state * tl.exp2(total), EXACT)
         whole += total
     if leaving is not None:
@@ -176,9 +165,9 @@ def _ssd_forward_kernel(
         end = tl.minimum(first + STEPS, length)
         step = _steps(dt, t, shift, end, stride_tl, SOFTPLUS)[1]
         following = _steps(dt, t + 1, shift, end, stride_tl, SOFTPLUS)[1] * rate
-        b = _rows(B, t, length, stride_bl, n, STATES, dtype)
-        c = _rows(C, t, length, stride_cl, n, STATES, dtype)
-        value = _rows(x, t, length, stride_xl, p, WIDTH, dtype)
+        b = matrix_rows(B, t, length, stride_bl, n, STATES, dtype)
+        c = matrix_rows(C, t, length, stride_cl, n, STATES, dtype)
+        value = matrix_rows(x, t, length, stride_xl, p, WIDTH, dtype)
 
         # [i, j]: what step i takes of step j, exponents summed from j + 1 to i
         between = tl.cumsum(tl.where(i[None, :] < i[:, None], following[None, :], 0.0), 1, reverse=True)
@@ -259,10 +248,10 @@ def _ssd_backward_kernel(
         v, step = _steps(dt, t, shift, end, stride_tl, SOFTPLUS)
         exponent = step * rate
         delta = step * LN_2
-        b = _rows(B, t, length, stride_bl, n, STATES, dtype)
-        c = _rows(C, t, length, stride_cl, n, STATES, dtype)
-        value = _rows(x, t, length, stride_xl, p, WIDTH, dtype)
-        wide_grad = _rows(grad_y, t, length, stride_gl, p, WIDTH, tl.float32)
+        b = matrix_rows(B, t, length, stride_bl, n, STATES, dtype)
+        c = matrix_rows(C, t, length, stride_cl, n, STATES, dtype)
+        value = matrix_rows(x, t, length, stride_xl, p, WIDTH, dtype)
+        wide_grad = matrix_rows(grad_y, t, length, stride_gl, p, WIDTH, tl.float32)
         grad = rounded(wide_grad, dtype)
         of_skip += tl.sum(wide_grad * value.to(tl.float32), 0)
 

@@ -209,3 +209,14 @@ def rounded(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def matrix_rows(base, number, length, stride, column, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """Rows `number` and columns `column` of a matrix of `length` rows and WIDTH columns, in `dtype`; zeros outside."""
+    mask = (number < length)[:, None] & (column < WIDTH)[None, :]
+    values = tl.load(base + number.to(tl.int64)[:, None] * stride + column[None, :], mask=mask, other=0.0)
+    if values.dtype == dtype:
+        return values
+    else:
+        return rounded(values.to(tl.float32), dtype)
