@@ -738,6 +738,50 @@ def test_training_stops_before_weights_are_poisoned(module, what, fused, data, t
     assert all(float(state["step"]) == 0 for state in runner.optim_wrapper.optimizer.state.values())
 
 
+def watched(parameter, groups=None, **options):
+    """A wrapper of SGD without momentum on `parameter`, whose guard refuses what is not finite."""
+    wrapper = MixedPrecisionOptimWrapper(torch.optim.SGD(groups or [parameter], lr=1.0, **options.pop("sgd", {})), **options)
+
+    def guard(what, value):
+        if not torch.isfinite(value).all():
+            raise NonFiniteError(what)
+
+    wrapper.guards.append(guard)
+    return wrapper
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_infinite_gradients_are_seen_before_they_are_clipped(fused):
+    weight = torch.nn.Parameter(torch.zeros(2))
+    wrapper = watched(weight, sgd=dict(fused=fused), clip_grad=dict(type="value", clip_value=1.0))
+    with pytest.raises(NonFiniteError, match="gradient"):
+        wrapper.update_params((weight + 1e-30).sqrt().sum() * 1e30)
+    assert torch.equal(weight, torch.zeros(2))
+
+
+def test_a_group_that_is_not_fused_is_stepped_behind_its_guards():
+    """As in a run that goes on from a checkpoint of an optimizer that was not fused."""
+    weight, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    wrapper = watched(weight, [dict(params=[weight]), dict(params=[other], fused=False)], sgd=dict(fused=True))
+    wrapper.update_params((weight * other).sum())
+    assert torch.equal(weight, torch.zeros(2)) and torch.equal(other, torch.zeros(2))
+    saved = torch.optim.SGD([weight, other], lr=1.0).state_dict()
+    wrapper = watched(weight, [weight, other], sgd=dict(fused=True))
+    wrapper.load_state_dict(saved)
+    wrapper.update_params((weight + other).sum())
+    assert torch.equal(weight, -torch.ones(2))
+
+
+def test_a_loss_is_forgotten_with_its_iteration():
+    weight = torch.nn.Parameter(torch.ones(2))
+    wrapper = watched(weight, sgd=dict(fused=True))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        wrapper.update_params(torch.tensor(float("nan")))
+    weight.sum().backward()
+    wrapper.step()
+    assert torch.equal(weight, torch.zeros(2))
+
+
 def test_fused_step_is_that_of_a_step_behind_its_guards(classifier):
     weights, seen = [], []
     for fused in (False, True):

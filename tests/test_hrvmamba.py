@@ -342,3 +342,25 @@ def test_wrong_hyperparameters(change, message):
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         micro(**options)
+
+
+def test_weights_say_what_the_config_leaves_out():
+    """One map or several, and a depthwise convolution in front of the offsets."""
+    weights = golden_cases.weights(POSE)
+    config = {key: value for key, value in POSE["config"].items() if key != "multiscale_output"}
+    image = golden_cases.images(POSE["input"])
+    with torch.no_grad():
+        whole = vision_ssm.import_official("hrvmamba", POSE["config"], weights).forward_intermediates(image)
+        ours = vision_ssm.import_official("hrvmamba", {**config, "in_chans": 3}, weights).forward_intermediates(image)
+    assert len(ours) == len(whole) == 1 and torch.equal(ours[0], whole[0])
+    settings = HRVMamba.from_official_config({}, {"stage2.0.branches.0.0.op.conv2d.offset_mask_dw.weight"})
+    assert settings["scan"]["offset_kernel"] == 3
+    assert HRVMamba.from_official_config(dict(offset_depthwise=True), set())["scan"]["offset_kernel"] == 3
+    with pytest.raises(ValueError, match="in_chans of an original HRVMamba is 3, got 1"):
+        HRVMamba.from_official_config(dict(in_chans=1), set())
+
+
+def test_output_norms_on_maps_of_the_branches():
+    norms = {f"outnorm{i}.weight" for i in range(4)}
+    assert HRVMamba.from_official_config({}, norms)["maps"] == "branches"
+    assert HRVMamba.from_official_config({}, norms | {"neck.final_layer.0.weight"})["maps"] == "sums"

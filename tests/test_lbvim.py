@@ -168,9 +168,13 @@ def test_two_class_tokens_side_by_side():
     config = {**CASE["config"], "if_cls_token": True, "use_double_cls_token": True}
     model = import_official("lbvim", config, weights)
     features = torch.randn(2, 62, 48)
-    want = F.linear(torch.cat([features[:, 0], features[:, -1]], dim=1), weights["head.weight"], weights["head.bias"])
+    # three blocks, behind each of which the original reverses the sequence: it reads the places of a reversed one
+    want = F.linear(torch.cat([features[:, -1], features[:, 0]], dim=1), weights["head.weight"], weights["head.bias"])
     torch.testing.assert_close(model.forward_head(features), want)
     assert model(torch.randn(1, 3, 96, 160)).shape == (1, 1000)
+    even = vision_ssm.create_model("lbvim_micro", class_tokens="first", num_classes=3)
+    features = torch.randn(2, 17, 32)
+    torch.testing.assert_close(even.pool(features), features[:, 0])
 
 
 def with_both_directions(weights, blocks):

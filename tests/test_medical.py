@@ -125,6 +125,7 @@ def test_inference_settings_of_model_and_call():
     ("make", "error", "message"),
     [
         (lambda: MedicalSegmentor(dict(dims=8), 2, DICE_CE), ValueError, "unet needs the name of a model"),
+        (lambda: MedicalSegmentor(dict(name="vmunet_micro", num_classes=2), 2, DICE_CE), ValueError, "set model.num_classes alone"),
         (lambda: MedicalSegmentor(dict(name="vmunet_mikro"), 2, DICE_CE), KeyError, "Did you mean 'vmunet_micro'"),
         (lambda: segmentor(inference=dict(sizes=3)), TypeError, "inference has no keyword 'sizes'. Did you mean 'size'"),
         (lambda: segmentor(normalize=dict(meen=1)), TypeError, "normalize got unknown keyword 'meen'"),

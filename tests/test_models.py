@@ -129,6 +129,16 @@ def test_autocast_is_finite_forward_and_backward(name, dtype, scale):
 
 
 @pytest.mark.parametrize("name", MICRO)
+def test_weights_of_half_precision(name):
+    model = vision_ssm.create_model(name, num_classes=5).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected, logits = model(x), model.bfloat16()(x.bfloat16())
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+    torch.testing.assert_close(logits.float(), expected, rtol=0.2, atol=0.2 * float(expected.std()) + 1e-2)
+
+
+@pytest.mark.parametrize("name", MICRO)
 def test_features_only(name):
     classifier = vision_ssm.create_model(name).eval()
     count = len(classifier.feature_info)

@@ -310,3 +310,17 @@ def test_recognises_its_own_keys_alone(family):
         for options in ({}, dict(features_only=True), dict(scan="multi_direction")):
             keys = set(vision_ssm.create_model(name, **options).state_dict())
             assert cls.recognises(keys) is name.startswith(family)
+
+
+def test_files_of_openmmlab_classifiers(tmp_path):
+    """``head.fc`` beside ``backbone.`` is the classifier, and its weights say how many classes there are."""
+    weights = golden_cases.weights(MICRO)
+    torch.save({"state_dict": weights, "meta": {}}, tmp_path / "epoch_300.pth")
+    model = vision_ssm.import_official("plainmamba", MICRO["config"], weights)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.nn.init.zeros_(model.head.weight)
+    assert vision_ssm.load_weights(model, tmp_path / "epoch_300.pth", verbose=False).complete
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    fewer = {key: value[:10] if key.startswith("head.") else value for key, value in weights.items()}
+    config = {key: value for key, value in MICRO["config"].items() if key != "num_classes"}
+    assert vision_ssm.import_official("plainmamba", config, fewer).num_classes == 10

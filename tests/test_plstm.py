@@ -396,3 +396,28 @@ def test_official_weights_in_any_order_and_at_another_size():
         vision_ssm.import_official("plstm", {**CASE["config"], "modes": ["X", "D"]}, weights)
     with pytest.raises(ValueError, match="layers=10 and num_blocks=6 disagree"):
         vision_ssm.import_official("plstm", {**CASE["config"], "layers": 10}, weights)
+
+
+def test_official_weights_without_a_classifier():
+    """The final norm is then the norm of the last map, and without it maps are not normalised."""
+    weights = golden_cases.weights(CASE)
+    image = golden_cases.images(CASE["input"])
+    headless = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    model = vision_ssm.import_official("plstm", CASE["config"], headless)
+    with torch.no_grad():
+        (normed,) = model.forward_intermediates(image)
+        assert golden_cases.sample_error(CASE["outputs"]["features"][0], normed) < CASE["tolerance"]
+        bare = vision_ssm.import_official("plstm", CASE["config"], {k: v for k, v in headless.items() if k != "norm.scale"})
+        (raw,) = bare.forward_intermediates(image)
+        scale = weights["norm.scale"].view(1, -1, 1, 1)
+        expected = raw * (raw.square().mean(1, keepdim=True) + 1e-5).rsqrt() * scale
+    torch.testing.assert_close(normed, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_without_influence_are_not_trained():
+    """Else a distributed run would wait for their gradients."""
+    model = vision_ssm.create_model("plstm_micro", scan=dict(gate_weights=False), num_classes=2)
+    idle = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert idle == {f"stages.{i}.mixer.transition_weight" for i in range(4)}
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

@@ -143,6 +143,7 @@ def test_which_weights_are_recognised(official):
     ("config", "message"),
     [
         (dict(d_state=4), "d_state=4 never worked in the original: it fuses one state per channel"),
+        (dict(expand=4), "expand of an original Spatial-Mamba is 2, got 4"),
         (dict(patch_size=8), "the stem's stride is always 4, got patch_size=8"),
         (dict(depth=[1]), "unknown hyperparameters of an original Spatial-Mamba: depth. Did you mean 'depths'"),
     ],

@@ -74,6 +74,7 @@ def small_vmunet(**overrides):
 WRAPPERS = {
     "bare": lambda weights: weights,
     "training": lambda weights: {"model": weights, "epoch": 3, "optimizer": {"state": {}}},
+    "latest.pth": lambda weights: {"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": {"state": {}}},
     "data parallel": lambda weights: {f"module.{key}": value for key, value in weights.items()},
     "lightning": lambda weights: {"state_dict": {f"_model.{key}": value for key, value in weights.items()}},
     "segmentor": lambda weights: {"state_dict": {"data_preprocessor.mean": torch.zeros(1), **{f"unet.{key}": value for key, value in weights.items()}}},
@@ -90,6 +91,39 @@ def test_official_files(wrapper, prefix, tmp_path, capsys):
     assert report.complete and len(report.loaded) == len(official) == len(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), reference.state_dict().values()))
     assert "tensors loaded" in capsys.readouterr().out
+
+
+def test_counters_that_thop_leaves_are_ignored_by_name(tmp_path):
+    official = official_vmunet()
+    counters = {"total_ops": torch.zeros(1), "vmunet.layers.0.blocks.0.self_attention.total_params": torch.zeros(1)}
+    report = vision_ssm.load_weights(small_vmunet(), saved(tmp_path, {**official, **counters}), verbose=False)
+    assert report.complete and len(report.loaded) == len(official) and len(report.ignored["FLOPs counted by thop"]) == 2
+    config = dict(num_classes=1, depths=[1] * 4, depths_decoder=[1] * 4, dims=8, dims_decoder=[64, 32, 16, 8])
+    model = vision_ssm.import_official("vmunet", config, {**official, **counters})
+    wrapped = vision_ssm.import_official("vmunet", config, {f"module.{key}": value for key, value in official.items()})
+    image = torch.randn(1, 3, 32, 32)
+    assert torch.equal(model(image), wrapped(image))
+
+
+def test_images_of_another_number_of_channels(tmp_path):
+    file = saved(tmp_path, official_vmunet())
+    for channels in (1, 4):
+        model = vision_ssm.create_model(
+            "vmunet_isic", depths=(1,) * 4, decoder_depths=(1,) * 4, dims=8, in_chans=channels, pretrained=file
+        )
+        assert model.encoder.stem.conv.weight.shape[1] == channels
+    given = official_vmunet()["vmunet.patch_embed.proj.weight"]
+    source = vanilla_vmamba()
+    grey = small_vmunet(in_chans=1)
+    report = load_encoder(grey, source.state_dict(), verbose=False)
+    assert report.adapted == ["encoder.stem.conv.weight"] == [f"{grey.first_conv}.weight"]
+    torch.testing.assert_close(grey.encoder.stem.conv.weight, source.stem.conv.weight.sum(1, keepdim=True))
+    torch.testing.assert_close(
+        vision_ssm.create_model(
+            "vmunet_isic", depths=(1,) * 4, decoder_depths=(1,) * 4, dims=8, in_chans=1, pretrained=file
+        ).encoder.stem.conv.weight,
+        given.sum(1, keepdim=True),
+    )
 
 
 @pytest.mark.parametrize("name", MICRO)
@@ -154,6 +188,15 @@ def test_encoder_and_mirrored_decoder(tmp_path, capsys):
     assert {"stages.0.blocks.1.norm1.weight", "stages.2.blocks.2.mixer.core.D"} <= set(report.ignored["block behind the last one of the encoder's stage"])
     assert report.ignored["classifier of a model without one"] == ["norm.weight", "norm.bias", "head.weight", "head.bias"]
     assert "tensors loaded" in capsys.readouterr().out
+
+
+def test_encoders_begin_with_the_weights_that_are_no_average(tmp_path):
+    plain, averaged = vanilla_vmamba(), vanilla_vmamba()
+    model = small_vmunet()
+    file = saved(tmp_path, {"model": plain.state_dict(), "model_ema": averaged.state_dict()})
+    for ema, source in ((False, plain), (True, averaged)):
+        load_encoder(model, file, ema=ema, verbose=False)
+        assert torch.equal(model.encoder.stem.conv.weight, source.stem.conv.weight)
 
 
 def test_encoder_weights_by_keyword(tmp_path):

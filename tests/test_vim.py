@@ -431,3 +431,17 @@ def test_weights_whose_accuracy_is_published(ema, tmp_path, monkeypatch):
     torch.save({"model": model.state_dict(), "model_ema": averaged.state_dict()}, tmp_path / "file.pth")
     loaded = create_model("vim_micro", num_classes=3, pretrained=tmp_path / "file.pth")
     assert torch.equal(loaded.head.weight, (averaged if ema else model).head.weight)
+
+
+def test_class_tokens_of_a_classifier_are_not_dropped():
+    official = official_of(create_model("vim_micro", num_classes=5))
+    with pytest.raises(CheckpointError, match="not in the model: cls_token.tokens, cls_token.positions"):
+        load_state_dict(create_model("vim_micro", num_classes=5, class_tokens="none"), official)
+
+
+def test_a_square_table_of_a_published_file_is_resampled_to_as_many_cells():
+    square, wide = create_model("vim_micro", num_classes=5), create_model("vim_micro", num_classes=5, img_size=(32, 128))
+    report = load_state_dict(wide, official_of(square))
+    assert "resampled, which img_size=... avoids: pos_embed.table from 4 x 4 to 2 x 8" in str(report)
+    expected = torch.nn.functional.interpolate(square.pos_embed.table, size=(2, 8), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(wide.pos_embed.table, expected)

@@ -256,3 +256,17 @@ def test_wrong_official_configs(config, message):
 def test_wrong_models(options, message):
     with pytest.raises(ValueError, match=message):
         vision_ssm.create_model("vssd_micro", **options)
+
+
+def test_originals_without_a_classifier_and_of_fewer_stages():
+    case = golden_cases.load("vssd/vssd_mini_simple_64x96")
+    weights = golden_cases.weights(case)
+    image = golden_cases.images(case["input"])
+    whole = vision_ssm.import_official("vssd", case["config"], weights)
+    headless = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    model = vision_ssm.import_official("vssd", {**case["config"], "num_classes": 0, "ape": False}, headless)
+    with torch.no_grad():
+        expected = whole.forward_head(whole.forward_features(image), pre_logits=True)
+        torch.testing.assert_close(model(image), expected)
+    given = VSSD.from_official_config(dict(depths=[1, 1, 1]), set())
+    assert (given["heads"], given["mixers"]) == ([2, 4, 8], ["ssd"] * 3)

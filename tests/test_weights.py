@@ -1,6 +1,7 @@
 """Checkpoint files: wrappers, prefixes, older names, and everything that can be wrong with one."""
 
 import argparse
+import collections
 import pickle
 import zipfile
 
@@ -33,6 +34,14 @@ def save(tmp_path, content, name="file.pth"):
     return tmp_path / name
 
 
+class Config(dict):
+    """Pickled as a config of yacs is: items and attributes of a class derived from dict."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__["__immutable__"] = True
+
+
 WRAPPERS = {
     "bare": lambda weights: weights,
     "model": lambda weights: {"model": weights, "epoch": 3, "optimizer": {"state": {}}},
@@ -43,6 +52,11 @@ WRAPPERS = {
     "ema beside": lambda weights: {
         "model": {key: torch.zeros_like(value) for key, value in weights.items()},
         "model_ema": weights,
+    },
+    "yacs beside": lambda weights: {"model": weights, "config": Config(DATA=Config(SIZE=224), NAMES=["a"])},
+    "collections beside": lambda weights: {
+        "model": weights,
+        "meters": collections.defaultdict(collections.deque, loss=collections.deque([1.0], maxlen=20)),
     },
     "argparse beside": lambda weights: {"model": weights, "args": argparse.Namespace(lr=1e-3)},
 }
@@ -290,3 +304,39 @@ def test_fresh_classifier_in_place_of_a_distilled_one(name):
     report = load_state_dict(model, taught.state_dict(), reset_head=True)
     assert "head.teacher.weight" in report.ignored["classifier of another form, re-initialised"]
     assert report.complete and not any(key.startswith("head.") for key in report.loaded)
+
+
+def test_import_of_a_whole_checkpoint(official):
+    image = golden_cases.images(CASE["input"])
+    plain = vision_ssm.import_official("vmamba", CONFIG, official)
+    for wrap in (lambda weights: {"model": weights, "epoch": 3}, lambda weights: {f"module.{k}": v for k, v in weights.items()}):
+        model = vision_ssm.import_official("vmamba", CONFIG, wrap(official))
+        with torch.no_grad():
+            assert torch.equal(model(image), plain(image))
+    with pytest.raises(CheckpointError, match="the given vmamba checkpoint holds no state dict"):
+        vision_ssm.import_official("vmamba", CONFIG, {"epoch": 3})
+
+
+def test_forms_that_are_recognised_by_their_hyperparameters_alone(official, tmp_path):
+    """Without mixers the blocks of VMamba could be anybody's."""
+    bare = {key: value for key, value in official.items() if ".op." not in key and ".norm." not in key}
+    bare |= {key: value for key, value in official.items() if key.startswith(("classifier.norm", "patch_embed"))}
+    bare |= {key: value for key, value in official.items() if ".downsample." in key}
+    model = vision_ssm.import_official("vmamba", {**CONFIG, "ssm_ratio": 0.0}, bare)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.nn.init.zeros_(model.head.weight)
+    assert vision_ssm.load_weights(model, save(tmp_path, {"model": bare}), verbose=False).complete
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_counters_of_batch_norms_may_be_missing():
+    model = vision_ssm.create_model("efficientvim_micro")
+    kept = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    report = load_state_dict(model, kept)
+    assert report.complete and list(report.ignored) == ["counter of a batch norm, which the file does not have"]
+
+
+def test_a_changed_variant_is_told_from_the_published_one():
+    changed = vision_ssm.create_model("efficientvim_micro", mlp_ratio=2.0)
+    with pytest.raises(CheckpointError, match="the file fits efficientvim_micro, not this one with another mlp_ratio"):
+        load_state_dict(changed, vision_ssm.create_model("efficientvim_micro").state_dict())

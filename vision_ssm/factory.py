@@ -14,7 +14,7 @@ from .backbones.family import ModelFamily, build_variant, check_overrides, owner
 from .published import fetch_weights, find_weights, split_tag
 from .registry import BACKBONES, UNETS, suggest
 from .unets.base import UNet, load_encoder
-from .weights import load_state_dict
+from .weights import load_state_dict, unwrap, without_counters, without_prefixes
 
 
 def families() -> dict[str, list[type[Backbone]]]:
@@ -159,7 +159,8 @@ def import_official(family: str, config: dict[str, Any], state_dict: dict[str, t
 
     Args:
         family: name of the family of backbones or U-Nets, such as ``"vmamba"`` or ``"vmunet"``.
-        config: hyperparameters as the original constructor takes them; what is left out has the original's default.
+        config: hyperparameters as the original constructor takes them; what is left out has the original's default, and
+            the number of classes is then that of the classifier's weights.
         state_dict: the original's tensors under the original's names. With `config` they say which of a family's
             classes the model was: its version, and whether it is a classifier or a dense backbone.
 
@@ -176,9 +177,19 @@ def import_official(family: str, config: dict[str, Any], state_dict: dict[str, t
     known = {name: found for name, found in known.items() if any(map(_has_original, found))}
     if family not in known:
         raise KeyError(f"unknown family {family!r}.{suggest(family, known)}")
-    keys = set(state_dict)
-    cls = next((cls for cls in known[family] if cls.recognises(keys)), known[family][0])
-    model = cls(**cls.from_official_config(dict(config), keys))
+    if not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        state_dict = unwrap(state_dict, f"the given {family} checkpoint")
+    tensors, _ = without_counters(state_dict)
+    found = next((cls for cls in known[family] if cls.recognises(set(tensors))), None)
+    cls = found or known[family][0]
+    if found is None:  # as it is in a file of a wrapped model
+        tensors = without_prefixes(tensors, cls.wrappers)
+        cls = next((cls for cls in known[family] if cls.recognises(set(tensors))), cls)
+    settings = cls.from_official_config(dict(config), set(tensors))
+    if "num_classes" not in config and settings.get("num_classes"):
+        classifier = cls.official_keys(tensors).get(cls.classifier_key)
+        settings["num_classes"] = settings["num_classes"] if classifier is None else len(classifier)
+    model = cls(**settings)
     # converted first, because two families may share a form that only the hyperparameters tell apart
-    load_state_dict(model, model.own_keys(dict(state_dict)), source=f"the given {family} state dict")
+    load_state_dict(model, model.own_keys(tensors), source=f"the given {family} state dict")
     return model.eval()

@@ -7,7 +7,8 @@ that a training script pickled beside them (a config, say) become inert placehol
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from .backbones.family import ModelFamily
 from .layers import resample_position_table
 from .registry import BACKBONES, UNETS
 
-_CONTAINERS = ("model", "state_dict", "module")
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
 _EMA_CONTAINERS = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 _BACKBONE = "backbone."
-_OTHER_PART = re.compile(r"(\w+_)?(heads?|neck|preprocessor)\.")
-"""Parts beside the backbone of a segmentation or detection model: decode_head, auxiliary_head, neck, roi_head, ..."""
+_OTHER_PART = re.compile(r"(?!head\.fc\.)(\w+_)?(heads?|neck|preprocessor)\.")
+"""Parts beside the backbone of a segmentation or detection model: decode_head, auxiliary_head, neck, roi_head, ...
+
+``head.fc`` is the linear classifier of an OpenMMLab classification model, and belongs to the backbone here.
+"""
+_COUNTERS = re.compile(r"(.*\.)?total_(ops|params)")
+"""Buffers that thop leaves in a model whose FLOPs it has counted."""
 
 
 class CheckpointError(RuntimeError):
@@ -43,6 +49,7 @@ class LoadReport:
         unexpected: names that the model does not have.
         mismatched: our name, shape in the checkpoint, shape in the model.
         adapted: those of `loaded` that were made for images of another number of channels.
+        resampled: of `loaded`, tables of positions, grid in the checkpoint, grid in the model.
     """
 
     source: str
@@ -52,6 +59,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)
+    resampled: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -61,6 +69,8 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         lines += [f"  adapted to other channels of the image: {_preview(self.adapted)}"] * bool(self.adapted)
+        grids = [f"{name} from {have[0]} x {have[1]} to {want[0]} x {want[1]}" for name, have, want in self.resampled]
+        lines += [f"  resampled, which img_size=... avoids: {_preview(grids)}"] * bool(grids)
         lines += [f"  ignored, {rule}: {_preview(names)}" for rule, names in self.ignored.items()]
         lines += [f"  missing from the file: {_preview(self.missing)}"] * bool(self.missing)
         lines += [f"  not in the model: {_preview(self.unexpected)}"] * bool(self.unexpected)
@@ -83,6 +93,31 @@ class _Inert(dict):
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class _Instead(type):
+    """Calling the class gives what holds the state of any object; its ``__new__`` alone gives a mapping."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return _Inert()
+
+
+class _InertMapping(metaclass=_Instead):
+    """Stands in for a class derived from dict, such as a config of yacs, whose items PyTorch puts into its own only."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return OrderedDict()
+
+
+def _inert_dict(*args: Any) -> dict:
+    return {}
+
+
+def _inert_list(*args: Any) -> list:
+    return []
+
+
+_INERT_CONTAINERS = {"collections.defaultdict": _inert_dict, "collections.deque": _inert_list}
 
 
 def read_checkpoint(file: str | os.PathLike) -> Any:
@@ -124,12 +159,19 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        failure = error
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if not names:
             raise
-    with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    for stand_in in (_Inert, _InertMapping):  # what the names are for, the file does not say
+        allowed: list[Any] = [(_INERT_CONTAINERS.get(name, stand_in), name) for name in names]
+        try:
+            with torch.serialization.safe_globals([*allowed, _Inert]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            failure = error
+    raise failure
 
 
 def _first_line(error: Exception) -> str:
@@ -165,12 +207,24 @@ def unwrap(
     if not tensors:
         held = _preview(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
         raise CheckpointError(f"{source} holds no state dict; found {held}")
+    return without_prefixes(tensors, prefixes)
+
+
+def without_prefixes(tensors: Mapping[str, torch.Tensor], prefixes: Sequence[str]) -> dict[str, torch.Tensor]:
+    """`tensors` under names without those of `prefixes` that most names begin with, one after the other."""
+    tensors = dict(tensors)
     for _ in range(4):
         prefix = next((p for p in prefixes if sum(key.startswith(p) for key in tensors) > len(tensors) // 2), None)
         if prefix is None or split_parts(tensors)[1]:
             return tensors
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return tensors
+
+
+def without_counters(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """`tensors` without the buffers that thop, a counter of FLOPs, leaves in a model, and the names of those."""
+    counters = [key for key in tensors if _COUNTERS.fullmatch(key)]
+    return {key: value for key, value in tensors.items() if key not in counters}, counters
 
 
 def _swap_back(content: Mapping) -> Mapping:
@@ -216,18 +270,28 @@ def _explain_misfit(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> 
         own, *names = (cls.__name__ if within else cls.family for cls in (model.registered(), *owners))
         return f"this is no {own} checkpoint: it looks like a {' or '.join(dict.fromkeys(names))} checkpoint"
     ours = model.own_keys(dict(tensors))
+    changes = sorted(set(model.overrides) - {"num_classes"})
     for name, settings in model.variants.items():
-        if name == model.variant:
+        if name == model.variant and not changes:
             continue
         with torch.device("meta"):
             other = model.registered()(**{**settings, "num_classes": _num_classes(model, ours)})
         # weights of a dense backbone have norms of their own behind the stages
         body = ("stem.", "stages.") if any(key.startswith("out_norms.") for key in ours) else ""
         if _shapes(other.state_dict(), body) == _shapes(other.own_keys(dict(tensors)), body):
-            return f"the file fits {name}, not {model.variant or 'this model'}"
+            changed = f"this one with another {', '.join(changes)}"
+            return f"the file fits {name}, not {changed if name == model.variant else model.variant or 'this model'}"
     return (
         "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
     )
+
+
+def _fits(model: ModelFamily, tensors: Mapping[str, torch.Tensor], wanted: Collection[str]) -> bool:
+    """Whether `tensors` are of a form of the family that other families have too, by which it is not recognised."""
+    try:
+        return set(model.own_keys(dict(tensors))) == set(wanted)
+    except (KeyError, ValueError, IndexError, RuntimeError):  # another family's tensors convert to nothing
+        return False
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor], prefixes: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -269,10 +333,13 @@ def load_state_dict(
     """
     wanted = model.state_dict()
     tensors, parts = split_parts(tensors)
-    if set(tensors) != set(wanted) and not model.recognises(set(tensors)):
+    tensors, counters = without_counters(tensors)
+    if set(tensors) != set(wanted) and not model.recognises(set(tensors)) and not _fits(model, tensors, wanted):
         raise CheckpointError(f"{source} cannot be loaded: {_explain_misfit(model, tensors)}")
     given = model.own_keys(dict(tensors))
     report = LoadReport(source)
+    if counters:
+        report.ignored["FLOPs counted by thop"] = counters
     for part, keys in parts.items():
         report.ignored[f"part of another model, {part}"] = keys
     accepted: dict[str, torch.Tensor] = {}
@@ -289,6 +356,8 @@ def load_state_dict(
             continue
         target = wanted[key]
         if key.endswith("pos_embed.table") and value.ndim == 4 and value.shape[:2] == target.shape[:2]:
+            if value.shape != target.shape:
+                report.resampled.append((key, tuple(value.shape[2:]), tuple(target.shape[2:])))
             value = resample_position_table(value, *target.shape[2:])
         if adapt_input and key == f"{first_conv}.weight" and value.shape != target.shape and value.shape[1] == 3:
             value = adapt_input_conv(target.shape[1], value)
@@ -306,6 +375,8 @@ def load_state_dict(
         if key in seen:
             continue
         rule = model.rule_for_missing(key, given)
+        if not rule and key.endswith(".num_batches_tracked"):
+            rule = "counter of a batch norm, which the file does not have"
         if rule:
             report.ignored.setdefault(rule, []).append(key)
         elif reset_head and key.startswith("head."):
@@ -331,7 +402,7 @@ def _rule_for_extra(model: ModelFamily, key: str) -> str | None:
     if key.startswith(model.classifier_parts) and isinstance(model.head, nn.Identity):
         if model.features_only or key.startswith("head."):
             return "classifier of a model without one"
-    if key.startswith("cls_token.") and "cls_token.tokens" not in model.state_dict():
+    if model.features_only and key.startswith("cls_token.") and "cls_token.tokens" not in model.state_dict():
         return "class tokens of a model without them"
     stage = re.match(r"stages\.(\d+)\.", key)
     if model.features_only and stage and int(stage[1]) >= len(model.stages):

@@ -137,7 +137,7 @@ class Adventurer(PlainBackbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = official_settings("Adventurer", config, _OFFICIAL_DEFAULTS)
+        given = official_settings("Adventurer", config, _OFFICIAL_DEFAULTS, constants=dict(channels=3))
         if given["ngroups"] != 1:
             raise ValueError(f"an original Adventurer has one group of B and C, got ngroups={given['ngroups']}")
         dim, hidden = given["embed_dim"], given["mlp_hidden"]

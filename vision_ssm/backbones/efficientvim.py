@@ -187,6 +187,8 @@ class EfficientViM(Backbone):
                 "depths, dims and states must have one entry per stage,"
                 f" got {tuple(depths)}, {tuple(dims)} and {tuple(states)}"
             )
+        if min(dims) < 8 or min(depths) < 1:
+            raise ValueError(f"dims start at 8 and depths at 1, got {tuple(dims)} and {tuple(depths)}")
         own = resolve_scan(scan, _SCAN)
         self.distilled = distilled
         self.stem = FourConvStem(self.in_chans, dims[0])

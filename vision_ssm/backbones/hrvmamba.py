@@ -275,13 +275,20 @@ class HRVMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = official_settings("HRVMamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
+        given = official_settings("HRVMamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT, _CONSTANTS)
         if given["num_modules"][0] != 1:
             raise ValueError(f"the first stage of an original HRVMamba is one module, got {given['num_modules'][0]}")
         if given["dt_rank"] != "ceil(dim/16)":
             raise ValueError(f"dt_rank of an original HRVMamba is 'ceil(dim/16)', got {given['dt_rank']!r}")
         neck = any(key.startswith("neck.") for key in keys)
         norms = "outnorm0.weight" in keys
+        several, offsets = given["multiscale_output"], given["offset_depthwise"]
+        if several is None:
+            last = given["num_modules"][3] - 1
+            rows = (f"stage4.{last}.fuse_layers.1.", f"stages.3.blocks.{last}.fusion.1.")
+            several = any(key.startswith(rows) for key in keys)
+        if offsets is None:
+            offsets = any(key.endswith(("conv2d.offset_mask_dw.weight", "conv.offset_conv.weight")) for key in keys)
         return dict(
             dims=tuple(given["channels"]),
             first_dim=given["stage1_channels"],
@@ -291,14 +298,14 @@ class HRVMamba(Backbone):
                 _SCAN,
                 expand=given["ssm_ratio"],
                 state_dim=given["ssm_d_state"],
-                offset_kernel=given["offset_depthwise"] or 0,
+                offset_kernel=_OFFSET_KERNEL if offsets is True else int(offsets),
                 channel_gate=given["se_and_cpe"],
             ),
             mlp_ratio=given["mlp_ratio"],
             position_convs=given["se_and_cpe"],
             drop_convs=neck,
-            maps="sums" if norms else "branches",
-            multiscale=given["multiscale_output"],
+            maps="sums" if norms and neck else "branches",
+            multiscale=several,
             drop_path_rate=given["drop_path_rate"],
             num_classes=given["num_classes"] if "head.weight" in keys else 0,
             features_only=norms or not neck,
@@ -338,7 +345,9 @@ _OFFICIAL_KEYS = (
     (r"\.mixer\.se\.fc\.2\.", ".mixer.channel_gate.expand."),
     (r"^outnorm(\d)\.", r"out_norms.\1."),
 )
-_WITHOUT_EFFECT = {"variant"}
+_OFFSET_KERNEL = 3
+_WITHOUT_EFFECT = {"variant", "out_indices"}
+_CONSTANTS = dict(in_chans=3)
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     channels=(32, 64, 128, 256),
     stage1_channels=64,
@@ -350,9 +359,9 @@ _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     dt_rank="ceil(dim/16)",
     mlp_ratio=2.0,
     drop_path_rate=0.0,
-    offset_depthwise=None,
+    offset_depthwise=None,  # as the weights say
     se_and_cpe=False,
-    multiscale_output=True,
+    multiscale_output=None,  # as the weights say
     num_classes=1000,
 )
 

@@ -88,6 +88,8 @@ class LBVim(Vim):
         return AttentionHead(self.num_features, num_classes, self.attention_heads)
 
     def pool(self, features: torch.Tensor) -> torch.Tensor:
+        if self.alternate and len(self.stages) % 2 and features.dim() == 3:
+            features = features.flip(1)  # class tokens are read where they stood, from a stream that ends reversed
         if isinstance(self.head, AttentionHead):
             return self.head.pool(features.flatten(2).mT if features.dim() == 4 else features)  # of (B, T, C)
         if self.class_tokens == "double":

@@ -137,10 +137,7 @@ class LocalVim(PlainBackbone):
             if class_token is not None:
                 layout = TokenLayout(1, positions.shape[1] - 1, "middle")
                 positions, kept["cls_token.positions"] = layout.split(positions)
-            side = math.isqrt(positions.shape[1])
-            if side * side == positions.shape[1]:
-                positions = positions.mT.unflatten(2, (side, side))  # (1, L, dim) -> (1, dim, H, W)
-            kept["pos_embed.table"] = positions
+            kept["pos_embed.table"] = positions  # (1, L, dim), see `own_keys`
         renamed = {}
         for key, value in kept.items():
             key = rename(key, _OFFICIAL_KEYS)
@@ -148,13 +145,19 @@ class LocalVim(PlainBackbone):
         return _join_directions(convert_gates(renamed))
 
     def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As `official_keys`; a position table that is not square and the numbers of output norms are this model's."""
+        """As `official_keys`; the table of positions gets its grid, and numbers of output norms are this model's.
+
+        The grid of a published variant's file is square, as is any that is not this model's.
+        """
         ours = self.official_keys(state_dict)
         table = ours.get("pos_embed.table")
-        if table is not None and table.ndim == 3 and self.pos_embed is not None:
-            grid = self.pos_embed.table.shape[2:]
+        if table is not None and table.ndim == 3:
+            side = math.isqrt(table.shape[1])
+            grid = (side, side) if self.pos_embed is None else tuple(self.pos_embed.table.shape[2:])
+            if side * side == table.shape[1] and (self.variant or side * side != math.prod(grid)):
+                grid = side, side
             if table.shape[1] == math.prod(grid):
-                ours["pos_embed.table"] = table.mT.unflatten(2, grid)
+                ours["pos_embed.table"] = table.mT.unflatten(2, grid)  # (1, L, dim) -> (1, dim, H, W)
         norms = [key for key in ours if key.startswith("outnorm_")]
         numbers = {int(key.split(".")[0].removeprefix("outnorm_")) for key in norms}
         counted = numbers == set(range(len(self.out_indices)))  # otherwise they are numbers of blocks

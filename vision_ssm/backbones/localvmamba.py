@@ -38,7 +38,7 @@ class LocalVMamba(Backbone):
 
     Args:
         depths: blocks per stage.
-        dims: width of each stage.
+        dims: width of each stage, or of the first one (doubled from stage to stage).
         directions: of the scan, see `Directions` and `WindowedScan`; lists for each block count through all stages.
         scan: strategy of the blocks, or options that replace some of the variant's own (see `resolve_scan`);
             False leaves the mixers out.
@@ -55,7 +55,7 @@ class LocalVMamba(Backbone):
         self,
         *,
         depths: Sequence[int] = (2, 2, 9, 2),
-        dims: Sequence[int] = (96, 192, 384, 768),
+        dims: int | Sequence[int] = (96, 192, 384, 768),
         directions: Directions = FIXED,
         scan: str | dict | Literal[False] | None = None,
         patch_size: int = 4,
@@ -64,8 +64,7 @@ class LocalVMamba(Backbone):
         **common: Any,
     ):
         super().__init__(**common)
-        if len(dims) != len(depths):
-            raise ValueError(f"dims and depths must have one entry per stage, got {tuple(dims)} and {tuple(depths)}")
+        dims = stage_widths(dims, depths)
         self.stem = PatchStem(self.in_chans, dims[0], patch_size, remainder=remainder)
         scans = iter(scans_of_blocks(resolve_scan(scan, _SCAN), directions, sum(depths)))
         self.stages = nn.ModuleList()

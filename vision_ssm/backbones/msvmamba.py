@@ -228,7 +228,8 @@ _PAPER = "arXiv:2405.14174"
 
 
 def _on_drive(folder: str, top1: float, **facts: Any) -> dict[str, Any]:
-    return dict(url=f"https://drive.google.com/drive/folders/{folder}", top1_reported=top1, paper=_PAPER, **facts)
+    url = f"https://drive.google.com/drive/folders/{folder}"
+    return dict(url=url, top1_reported=top1, ema=False, paper=_PAPER, **facts)
 
 
 def _on_hub(size: str, top1: float) -> dict[str, Any]:

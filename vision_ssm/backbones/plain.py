@@ -114,7 +114,8 @@ class PlainBackbone(Backbone):
     def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`official_keys`; rows of positions, ``pos_embed.rows`` (1, T, dim), become a table and class positions.
 
-        The rows are those of this model's grid if there are as many, else of a square grid, which can be resampled.
+        The rows of a published variant's file are those of a square grid, which can be resampled; of another model, or
+        where they are no square, those of this model's grid.
         """
         converted = self.official_keys(state_dict)
         rows = converted.pop("pos_embed.rows", None)
@@ -127,8 +128,9 @@ class PlainBackbone(Backbone):
             kind = {0: "none", 1: one, 2: "double"}[count]
         cells = rows.shape[1] - count
         height, width = (cells, 1) if self.pos_embed is None else self.pos_embed.table.shape[2:]
-        if height * width != cells:
-            height = width = math.isqrt(cells)
+        side = math.isqrt(cells)
+        if height * width != cells or (self.variant and side * side == cells):
+            height = width = side
         if height * width != cells:
             raise ValueError(f"pos_embed has {cells} rows for patches: neither this model's grid nor a square one")
         patches, of_tokens = TokenLayout(height, width, kind).split(rows)

@@ -208,6 +208,14 @@ class PLSTM(PlainBackbone):
             converted[f"{prefix}.mixer.{name}"] = join([found[place] for place in sorted(found)])
         return converted
 
+    def own_keys(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The final norm is the output norm of the last map, where a model without classifier has one."""
+        keys = self.official_keys(state_dict)
+        last = f"out_norms.{len(self.stage_info) - 1}"
+        if f"{last}.weight" in keys or last.removeprefix("out_norms.") not in self.out_norms:
+            return keys
+        return {re.sub(r"^norm\.", f"{last}.", key): value for key, value in keys.items()}
+
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         given = official_settings("pLSTM vision model", config, _OFFICIAL_DEFAULTS)
@@ -233,6 +241,7 @@ class PLSTM(PlainBackbone):
             drop_path_rate=given["drop_path_rate"],
             num_classes=given["num_classes"] if head else 0,
             features_only=not head,
+            out_norm=head or not keys.isdisjoint(("norm.scale", "norm.weight")),
             out_indices=None if head else (2 * given["num_blocks"] - 1,),
             normed_map=head,
             scan=dict(_SCAN, chirality=given["chirality"], gate_weights=given["gate_weights"]),

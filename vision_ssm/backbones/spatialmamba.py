@@ -83,7 +83,7 @@ class SpatialMamba(Backbone):
 
     @classmethod
     def from_official_config(cls, config: dict[str, Any], keys: set[str]) -> dict[str, Any]:
-        given = official_settings("Spatial-Mamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT)
+        given = official_settings("Spatial-Mamba", config, _OFFICIAL_DEFAULTS, _WITHOUT_EFFECT, _CONSTANTS)
         if given["d_state"] != 1:
             raise ValueError(f"d_state={given['d_state']} never worked in the original: it fuses one state per channel")
         if given["patch_size"] != _STEM_STRIDE:
@@ -124,7 +124,8 @@ _OFFICIAL_KEYS = (
 )
 _FUSION_KERNELS = ("kernel_3", "kernel_3_1", "kernel_3_2")  # of dilation 1, 3 and 5
 
-_WITHOUT_EFFECT = {"dt_init", "use_checkpoint", "pretrained"}  # on what the weights compute
+_WITHOUT_EFFECT = {"dt_init", "drop_rate", "use_checkpoint", "pretrained"}  # on what the weights compute
+_CONSTANTS = dict(expand=2, d_conv=3, dt_rank="auto")
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     patch_size=4,
     in_chans=3,

@@ -268,6 +268,8 @@ class Vim(PlainBackbone):
     @classmethod
     def shared_options(cls, given: dict[str, Any], keys: set[str]) -> dict[str, Any]:
         """Options that Vim and its descendants read alike from an original's hyperparameters."""
+        if given["ssm_cfg"]:
+            raise ValueError(f"ssm_cfg of an original is None or empty, got {given['ssm_cfg']!r}")
         class_tokens = "none"
         if given["if_cls_token"] and not keys.isdisjoint({"cls_token", "cls_token_head"}):  # dense backbones drop them
             class_tokens = "middle" if given["use_middle_cls_token"] else "first"
@@ -391,6 +393,7 @@ WITHOUT_EFFECT = {
     *("flip_img_sequences_ratio", "drop_rate", "initializer_cfg", "if_fpn", "ft_seq_len", "if_devide_out"),
 }
 OFFICIAL_DEFAULTS: dict[str, Any] = dict(
+    ssm_cfg=None,
     img_size=224,
     patch_size=16,
     stride=16,

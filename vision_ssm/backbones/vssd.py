@@ -143,7 +143,7 @@ class VSSD(Backbone):
         if given["learnable_init_states"]:
             raise ValueError("learnable_init_states=True is not supported: no published model learns initial states")
         mixers = []
-        for name in given["attn_types"]:
+        for name in given["attn_types"][: len(given["depths"])]:
             if name not in _OFFICIAL_MIXERS:
                 raise ValueError(
                     f"unknown attn_types entry {name!r} of an original VSSD.{suggest(str(name), _OFFICIAL_MIXERS)}"
@@ -151,10 +151,12 @@ class VSSD(Backbone):
             mixers.append(_OFFICIAL_MIXERS[name])
         order = "none" if given["linear_attn_duality"] else "bidirectional" if given["bidirection"] else "raster"
         head = "head.weight" in keys
+        outputs = any(key.startswith("outnorm") for key in keys)
+        classifier = head or ("norm.weight" in keys and not outputs)
         return dict(
             depths=list(given["depths"]),
             dims=given["embed_dim"],
-            heads=list(given["num_heads"]),
+            heads=list(given["num_heads"])[: len(given["depths"])],
             mixers=mixers,
             scan=dict(
                 type="noncausal_ssd",
@@ -171,9 +173,9 @@ class VSSD(Backbone):
             drop_path_rate=given["drop_path_rate"],
             in_chans=given["in_chans"],
             num_classes=given["num_classes"] if head else 0,
-            features_only=not head,
-            out_indices=None if head else tuple(given["out_indices"]),
-            out_norm=any(key.startswith("outnorm") for key in keys),
+            features_only=not classifier,
+            out_indices=None if classifier else tuple(given["out_indices"]),
+            out_norm=outputs,
         )
 
 
@@ -212,7 +214,8 @@ _BLOCK_KEYS = (
 )
 _WITHOUT_EFFECT = {  # on what the weights compute
     *("ssd_chunk_size", "qkv_bias", "drop_rate", "use_checkpoint", "pretrained", "key"),
-    *("image_size", "img_size", "lepe", "LEPE", "ssd_expand"),  # the original takes any keyword and ignores these
+    # the original takes any keyword and ignores these
+    *("image_size", "img_size", "lepe", "LEPE", "ssd_expand", "norm_layer", "ape"),
 }
 _OFFICIAL_DEFAULTS: dict[str, Any] = dict(
     patch_size=4,

@@ -35,14 +35,15 @@ Operation = Callable[[np.ndarray, np.ndarray], Pair]
 def zoom_pair(image: np.ndarray, mask: np.ndarray, size: tuple[int, int]) -> Pair:
     """Image (C, H, W) by cubic splines and label map (H, W) by nearest neighbour to `size` (height, width).
 
-    As TransUNet does with SciPy's zoom, corner pixels on corner pixels; cubic splines overshoot a little at edges.
+    As TransUNet does with SciPy's zoom, corner pixels on corner pixels; cubic splines overshoot a little at edges. What
+    lies a rounding error outside is read as if mirrored, and not as nothing: that would be the last row at 512 -> 224.
     """
     if image.shape[1:] == size:
         return image, mask
     zoom = optional("scipy.ndimage").zoom
     factors = size[0] / image.shape[1], size[1] / image.shape[2]
-    image = np.stack([zoom(channel, factors, order=3) for channel in image])
-    return image, zoom(mask, factors, order=0)
+    image = np.stack([zoom(channel, factors, order=3, mode="mirror") for channel in image])
+    return image, zoom(mask, factors, order=0, mode="mirror")
 
 
 def _as_size(size: int | Sequence[int]) -> tuple[int, int]:

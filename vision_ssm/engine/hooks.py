@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 from rich.console import Console
@@ -497,7 +497,9 @@ def find_non_finite(model: Any, data: dict, context: Callable[[], AbstractContex
             return f"the backward pass is not finite from the output of {gradients[0]} on{behind}"
         if broken:
             return f"first non-finite gradient at parameter {broken[-1]}"
-        return "repeating the iteration gave finite numbers: the cause is not in the model (memory or device error?)"
+        others = "in another process, whose message names it, or " if get_world_size() > 1 else ""
+        cause = f"{others}not in the model (memory or device error?)"
+        return f"repeating the iteration gave finite numbers: the cause is {cause}"
     finally:
         for handle in handles:
             handle.remove()

@@ -112,6 +112,8 @@ class MedicalSegmentor(BaseModel):
         arguments = dict(unet)
         if "name" not in arguments:
             raise ValueError("unet needs the name of a model: unet=dict(name=...)")
+        if "num_classes" in arguments:
+            raise ValueError("num_classes is the segmentor's and not the unet's: set model.num_classes alone")
         scale = None
         if normalize is not None:
             check_keywords(IntensityScale.__init__, normalize, "normalize")

@@ -238,7 +238,10 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             self._watched = [("loss", loss.detach())]
             if not self._skips_by_itself():
                 self._look()
-        super().update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
+        try:
+            super().update_params(loss, step_kwargs=step_kwargs, zero_kwargs=zero_kwargs)
+        finally:
+            self._watched = []
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         super().backward(loss if self.scaler is None else self.scaler.scale(loss), **kwargs)
@@ -246,9 +249,15 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     def step(self, **kwargs: Any) -> None:
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
+        guarded = bool(self.guards) and self.scaler is None
+        by_norm = bool(self.clip_grad_kwargs) and self.clip_func is torch.nn.utils.clip_grad_norm_
+        if guarded and not by_norm:  # before values are clipped, which would hide an infinity
+            self._watched.append(("gradient", torch.nn.utils.get_total_norm(self._gradients())))
         norm = self._clip_grad() if self.clip_grad_kwargs else None
+        if guarded and norm is not None:
+            self._watched.append(("gradient", norm.detach()))
         if self.scaler is None:
-            self._watched_step(norm, **kwargs)
+            self._watched_step(**kwargs)
         else:
             self.scaler.step(self.optimizer, **kwargs)
             self.scaler.update()
@@ -258,6 +267,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     def _skips_by_itself(self) -> bool:
         """Whether the optimizer can be told on the device to change nothing, and every loss is seen before a step."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # as torch's own loss scaler asks
+        fused = fused and all(group.get("fused") for group in self.optimizer.param_groups)  # a checkpoint may unset it
         return fused and self.scaler is None and self._accumulative_counts == 1
 
     def _look(self) -> None:
@@ -266,15 +276,13 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
             for guard in self.guards:
                 guard(what, value)
 
-    def _watched_step(self, norm: Tensor | None, **kwargs: Any) -> None:
-        if self.guards:
-            norm = torch.nn.utils.get_total_norm(self._gradients()) if norm is None else norm
-            self._watched.append(("gradient", norm.detach()))
+    def _watched_step(self, **kwargs: Any) -> None:
         if not (self._watched and self._skips_by_itself()):
             self._look()
             self.optimizer.step(**kwargs)
             return
-        finite = torch.stack([torch.isfinite(value).all() for _, value in self._watched]).all()
+        device = self._watched[-1][1].device
+        finite = torch.stack([torch.isfinite(value).all().to(device) for _, value in self._watched]).all()
         optimizer: Any = self.optimizer
         optimizer.found_inf = finite.logical_not().float()
         try:

@@ -36,4 +36,5 @@ class ChannelGate(nn.Module):
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, ..., dim). Returns the numbers that scale its channels, (B, 1, ..., dim)."""
         means = self.norm(x).mean(dim=1, keepdim=True)  # (B, 1, ..., dim)
+        means = means.to(self.reduce.weight.dtype)  # a scan's float32, before weights of half precision
         return self.expand(self.act(self.reduce(means))).sigmoid()

@@ -68,7 +68,8 @@ class HiddenStateHead(nn.Module):
         self, hidden: Sequence[torch.Tensor], pooled: torch.Tensor
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """hidden: (B, N, dim) of every stage; pooled: (B, dim). Returns (B, num_classes), or a pair of these."""
-        vectors = [norm(states).mean(1) for norm, states in zip(self.norms, hidden, strict=True)]
+        dtype = self.label.map.weight.dtype  # hidden states are float32, whatever the weights are
+        vectors = [norm(states).mean(1).to(dtype) for norm, states in zip(self.norms, hidden, strict=True)]
         label = self.label(vectors, pooled)
         if self.teacher is None:
             return label

@@ -57,7 +57,7 @@ class PLSTMScan(nn.Module):
         mode: ``"propagation"`` or ``"diffusion"``.
         chirality: which turn diffusion cuts, ``"L"``: the one into the next column, ``"R"``: into the next row.
         gate_weights: whether sources, transitions and marks depend on the input; without, ``transition_weight`` is
-            held as published models have it, and has no influence.
+            held as published models have it, has no influence and is not trained.
     """
 
     def __init__(
@@ -78,7 +78,8 @@ class PLSTMScan(nn.Module):
         self.gate_weights = gate_weights
         entries = ORIENTATIONS * self.heads
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.transition_weight = nn.Parameter(torch.empty(_TRANSITIONS[mode], entries, dim // entries))
+        transition_weight = torch.empty(_TRANSITIONS[mode], entries, dim // entries)
+        self.transition_weight = nn.Parameter(transition_weight, requires_grad=gate_weights)
         self.transition_bias = nn.Parameter(torch.empty(_TRANSITIONS[mode], entries))
         self.gate_weight = None
         if gate_weights:

@@ -121,6 +121,12 @@ class UNet(ModelFamily):
         self.aux_reductions = list(reductions[:-1])
         self.head = SegmentationHead(head_dim, self.aux_dims, self.num_classes)
 
+    @property
+    def first_conv(self) -> str | None:
+        """Name of the convolution that sees the image."""
+        inner = getattr(self.encoder, "first_conv", None)
+        return None if inner is None else f"encoder.{inner}"
+
     def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x: padded images. Returns the maps that the decoder takes, finest first, each (B, H', W', C)."""
         return [m.permute(0, 2, 3, 1) for m in self.encoder.forward_intermediates(x)]
@@ -234,19 +240,19 @@ def load_encoder(
     model: UNet,
     weights: str | os.PathLike | Mapping[str, torch.Tensor],
     *,
-    ema: bool = True,
+    ema: bool = False,
     verbose: bool = True,
 ) -> LoadReport:
     """Initialise the encoder of a U-Net from classification weights, and report on every key.
 
     Left out by rule: the classifier; blocks that the weights have behind the last one of a stage of the encoder, as
     VM-UNet takes the first two blocks of every stage of VMamba-S. VM-UNet's decoder takes over the blocks of the stages
-    that it mirrors.
+    that it mirrors. The first convolution is adapted to another `in_chans` than 3.
 
     Args:
         model: changed in place (not at all if this raises).
         weights: official file of the encoder's family or one of ours, as for `load_weights`; or a state dict.
-        ema: prefer averaged weights where the file has both.
+        ema: prefer averaged weights where the file has both; the published U-Nets begin with those that are not.
         verbose: print the report.
 
     Raises:
@@ -266,10 +272,10 @@ def load_encoder(
     if encoder.recognises(set(tensors)):
         tensors = encoder.own_keys(tensors)
     behind = [key for key in tensors if _is_behind(key, encoder)]
-    report = load_state_dict(
-        encoder, {key: value for key, value in tensors.items() if key not in set(behind)}, source=source
-    )
+    kept = {key: value for key, value in tensors.items() if key not in set(behind)}
+    report = load_state_dict(encoder, kept, source=source, adapt_input=True)
     report.loaded = [f"encoder.{key}" for key in report.loaded]
+    report.adapted = [f"encoder.{key}" for key in report.adapted]
     if behind:
         report.ignored["block behind the last one of the encoder's stage"] = behind
     model.load_mirrored(tensors, report)

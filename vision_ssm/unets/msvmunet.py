@@ -135,7 +135,7 @@ class MSVMUNet(UNet):
             num_classes=given["num_classes"],
             depths=list(given["depths"] or settings["depths"]),
             decoder_depths=list(given["decoder_depths"]),
-            dims=list(given["dims"]),
+            dims=stage_widths(given["dims"], given["depths"] or settings["depths"]),
             drop_path_rate=settings["drop_path_rate"],
             mlp_ratio=given["mlp_ratio"],
             kernel_sizes=tuple(given["kernel_sizes"]),

@@ -148,14 +148,15 @@ class VMUNet(UNet):
     @staticmethod
     def official_sizes(given: dict[str, Any]) -> dict[str, Any]:
         """Constructor keywords for the hyperparameters that VM-UNet and its descendants share."""
-        if list(given["dims_decoder"]) != list(given["dims"])[::-1]:
+        dims = stage_widths(given["dims"], given["depths"])
+        if list(given["dims_decoder"]) != dims[::-1]:
             raise ValueError(f"dims_decoder must be dims reversed, got {given['dims_decoder']} for {given['dims']}")
         return dict(
             num_classes=given["num_classes"],
             in_chans=given["input_channels"],
             depths=list(given["depths"]),
             decoder_depths=list(given["depths_decoder"]),
-            dims=list(given["dims"]),
+            dims=dims,
             drop_path_rate=given["drop_path_rate"],
         )
 
