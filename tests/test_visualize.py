@@ -182,12 +182,12 @@ def test_grad_cam_of_a_mean_and_a_linear_head_has_a_closed_form():
     model = create_model("vmamba_micro", num_classes=5).eval()
     model.norm = nn.Identity()
     image = torch.randn(3, 64, 96)
-    cam, logits = grad_cam(model, image, label=3)
+    cam, label, share = grad_cam(model, image, label=3)
     features = model.forward_intermediates(image[None], (3,))[0][0].detach()
     cells = features.shape[1] * features.shape[2]
     closed = (model.head.weight[3].view(-1, 1, 1) * features / cells).sum(0).relu()
     assert torch.allclose(cam, closed.detach(), rtol=1e-4, atol=1e-7) and cam.shape == (2, 3)
-    assert torch.allclose(logits, model(image[None])[0])
+    assert label == 3 and share == pytest.approx(model(image[None])[0].softmax(0)[3].item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MICROS)
@@ -196,7 +196,8 @@ def test_grad_cam_weighs_the_map_that_the_model_returns(name):
     model = create_model(name, num_classes=3).double().eval()
     image = torch.randn(3, 64, 64).double()
     stage = cam_stage(model, None)
-    activation, gradient, logits = maps_and_gradients(model, image, stage, 1)
+    activation, gradient, label, _ = maps_and_gradients(model, image, stage, 1)
+    assert label == 1
     module = model.get_submodule(model.feature_info[stage]["module"])
     direction = torch.randn(activation.shape).double()
 
@@ -325,9 +326,30 @@ def test_every_subcommand_draws_backbones(name, photo, tmp_path, capsys):
     assert draws(capsys, "filters", name, "--out", tmp_path / "f.png") == [str(tmp_path / "f.png")]
 
 
-def test_unets_have_maps_scores_and_mixers_but_no_classes(photo, tmp_path, capsys):
+@pytest.mark.parametrize("classes", [1, 3])
+def test_grad_cam_of_a_unet_is_that_of_the_pixels_that_get_the_class(classes):
+    model = create_model("vmunet_micro", num_classes=classes).double().eval()
+    image = torch.randn(3, 64, 96).double()
+    activation, gradient, label, share = maps_and_gradients(model, image, 2, None)
+    scores = model(image[None])[0]
+    gets = scores[0] > 0 if classes == 1 else scores.argmax(0) == label
+    counts = [int((scores.argmax(0) == number).sum()) for number in range(classes)]
+    assert label == (0 if classes == 1 else 1 + counts[1:].index(max(counts[1:]))) and 0 < share < 1
+    assert share == pytest.approx(float(gets.double().mean()))
+    returned = model.encode(model.prepare(image[None]))[2][0].permute(2, 0, 1)  # what the decoder takes
+    direction, ends = torch.randn(returned.shape).double(), []
+    for sign in (1, -1):
+        with torch.no_grad():
+            maps = list(model.encode(model.prepare(image[None])))
+            maps[2] = maps[2] + sign * 1e-6 * direction.permute(1, 2, 0)
+            ends.append(float(model.read(model.decode(maps)[-1], 64, 96)[0, label][gets].sum()))
+    assert (ends[0] - ends[1]) / 2e-6 == pytest.approx(float((gradient * direction).sum()), rel=1e-4)
+    assert torch.allclose(activation, returned) and grad_cam(model, image, stage=2).cam.shape == returned.shape[1:]
+
+
+def test_every_subcommand_draws_unets(photo, tmp_path, capsys):
     for command, arguments in {
-        "activation": [photo, "--reduce", "norm"], "erf": [photo], "attn": [photo], "filters": [],
+        "activation": [photo, "--reduce", "norm"], "cam": [photo], "erf": [photo], "attn": [photo], "filters": [],
     }.items():  # fmt: skip
         size = [] if command == "filters" else ["--size", 64]
         out = tmp_path / f"{command}.png"
@@ -335,8 +357,6 @@ def test_unets_have_maps_scores_and_mixers_but_no_classes(photo, tmp_path, capsy
         assert out.exists()
     record = json.loads((tmp_path / "erf.json").read_text())
     assert record["stage"] is None and record["images"] == "1 image"
-    message = fails(capsys, "cam", "vmunet_micro", photo, "--out", tmp_path / "c.png")
-    assert "vmunet_micro has no classifier, so no class to explain" in message
 
 
 def test_scan_finds_routes_strategies_and_models(tmp_path, capsys):

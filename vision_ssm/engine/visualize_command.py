@@ -184,15 +184,17 @@ def _cam(args: argparse.Namespace) -> list[Path]:
         picture = subject.picture(image)
         show(row[0], picture, name)
         for axis, label in zip(row[1:], chosen, strict=True):
-            cam, logits = grad_cam(subject.model, image, label, args.stage)
-            label = int(logits.argmax()) if label is None else label
-            share = float(logits.softmax(0)[label])
-            text = f"{subject.classes[label]}  {100 * share:.1f} %"
+            cam, label, share = grad_cam(subject.model, image, label, args.stage)
+            of_pixels = " of the pixels" * isinstance(subject.model, UNet)
+            text = f"{subject.classes[label]}  {100 * share:.1f} %{of_pixels}"
             if not cam.any():
                 text += "\nno cell speaks for it"
             if cam.numel() == 1:
                 print(f"{name}: the map of this stage has one cell; --stage chooses a finer one", file=sys.stderr)
-            heat = enlarge(cam / cam.max().clamp_min(1e-30), (image.shape[1], image.shape[2]))
+            step = subject.model.size_divisor if isinstance(subject.model, UNet) else 1
+            padded = tuple(math.ceil(side / step) * step for side in image.shape[1:])
+            heat = enlarge(cam / cam.max().clamp_min(1e-30), (padded[0], padded[1]))
+            heat = heat[: image.shape[1], : image.shape[2]]
             show(axis, overlay(picture, heat), text)
     save(figure, out, args.dpi)
     return [out]

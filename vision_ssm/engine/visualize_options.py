@@ -21,7 +21,8 @@ EXAMPLES = {
   visualize.py erf configs/classification/quickstart_digits.py data/digits/val --checkpoint best_top1.pth""",
     "cam": """  visualize.py cam vmamba_tiny_s1l8 dog.jpg --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth
   visualize.py cam vmamba_tiny_s1l8 dog.jpg --checkpoint FILE --class 'tabby' 207 --whole
-  visualize.py cam configs/classification/quickstart_digits.py data/digits/val/3 --checkpoint best_top1.pth""",
+  visualize.py cam configs/classification/quickstart_digits.py data/digits/val/3 --checkpoint best_top1.pth
+  visualize.py cam configs/medical/msvmunet_synapse.py slice.png --checkpoint best_dice.pth --class liver""",
     "activation": """  visualize.py activation vim_tiny dog.jpg --checkpoint FILE --stages 5 11 23
   visualize.py activation vmunet scan.png --checkpoint FILE --reduce norm""",
     "attn": """  visualize.py attn vmamba_tiny_s1l8 dog.jpg --checkpoint FILE --block stages.2.blocks.3 --query 0.4 0.6
@@ -85,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     erf.add_argument("--stage", type=int, help="number of the map (default: the last; of a U-Net: its scores)")
     erf.add_argument("--measure", choices=MEASURES, default="abs", help="of the gradients (default: %(default)s)")
 
-    cam = add("cam", "Grad-CAM: where a classifier finds a class")
+    cam = add("cam", "Grad-CAM: where a classifier or a U-Net finds a class")
     add_model(cam, "+")
     cam.add_argument("--class", dest="labels", nargs="+", metavar="CLASS", help="names or numbers (default: predicted)")
     cam.add_argument("--stage", type=int, help="number of the stage (default: the last that the classifier reads)")

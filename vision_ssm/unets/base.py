@@ -174,12 +174,16 @@ class UNet(ModelFamily):
         """
         height, width = x.shape[-2:]
         maps = self.decode(self.encode(self.prepare(x)))
-        scores = self._cropped(self.head.scores(self.expand(maps[-1])), height, width)
+        scores = self.read(maps[-1], height, width)
         if not (self.deep_supervision and self.training):
             return scores
         auxiliary = zip(self.head.aux, maps, self.aux_reductions)
         finest_last = [self._cropped(head(m), -(-height // r), -(-width // r)) for head, m, r in auxiliary]
         return (scores, *finest_last[::-1])
+
+    def read(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """x: the last map of `decode`. Returns the scores of an image of that size, (B, num_classes, H, W)."""
+        return self._cropped(self.head.scores(self.expand(x)), height, width)
 
     @staticmethod
     def _cropped(scores: torch.Tensor, height: int, width: int) -> torch.Tensor:
