@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import vision_ssm
-from vision_ssm import create_model, import_official
+from vision_ssm import CheckpointError, create_model, import_official
 from vision_ssm.analysis import count_macs
 from vision_ssm.backbones.lbvim import LBVim
 from vision_ssm.layers import AttentionHead
@@ -289,3 +289,17 @@ def test_names():
     assert vision_ssm.list_models("lbvim_*") == ["lbvim_300", "lbvim_528", "lbvim_micro", "lbvim_small", "lbvim_tiny"]
     with pytest.raises(ValueError, match="no official weights are published"):
         create_model("lbvim_tiny", pretrained=True)
+
+
+def test_layer_norms_begin_with_the_weights_of_rms_norms():
+    """As the originals' segmentation does."""
+    given = vision_ssm.create_model("lbvim_micro").state_dict()
+    model = vision_ssm.create_model("lbvim_micro", features_only=True, norm="layer")
+    report = load_state_dict(model, given)
+    rule = "biases of layer norms, which RMS norms do not have, as they were"
+    assert report.complete and report.ignored[rule] == [f"stages.{i}.norm1.bias" for i in range(4)]
+    torch.testing.assert_close(model.stages[1].norm1.weight, given["stages.1.norm1.weight"])
+    partly = {**model.state_dict()}
+    del partly["stages.2.norm1.bias"]
+    with pytest.raises(CheckpointError, match="missing from the file: stages.2.norm1.bias"):
+        load_state_dict(model, partly)

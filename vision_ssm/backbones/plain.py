@@ -1,7 +1,8 @@
 """Base of plain backbones: one patch stem, then blocks that all work on maps of the same size."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..scans.sequence import CLASS_TOKENS, SequenceScan, TokenLayout
 from .base import Backbone, Branch
 
 _FEATURE_MAPS = 4
+_NORM_BIAS = re.compile(r"(stages\.\d+\.norm\d*|norm)\.bias")
 
 
 class ClassTokens(nn.Module):
@@ -138,6 +140,11 @@ class PlainBackbone(Backbone):
         if count:
             converted["cls_token.positions"] = of_tokens
         return converted
+
+    def rule_for_missing(self, key: str, given: Collection[str]) -> str | None:
+        if _NORM_BIAS.fullmatch(key) and not any(map(_NORM_BIAS.fullmatch, given)):
+            return "biases of layer norms, which RMS norms do not have, as they were"
+        return super().rule_for_missing(key, given)
 
     def default_out_indices(self) -> list[int]:
         count = len(self.stage_info)
