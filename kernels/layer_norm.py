@@ -386,9 +386,12 @@ def backward(
     bias: Tensor | None,
     eps: float,
     center: bool,
-    *_: object,
+    out_dtype: torch.dtype | None,
+    save: bool,
 ) -> dict[str, Tensor]:
     """Gradients by name, from the `statistics` that `forward` kept; zeros for `row_scale`."""
+    if not save:  # exported where no gradient was wanted
+        *_, statistics = forward(x, residual, row_scale, weight, bias, eps, center, out_dtype, True)
     x = x.contiguous()
     if not grad_y.numel():
         grad_y = x.new_zeros(x.shape)

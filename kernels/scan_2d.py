@@ -675,8 +675,8 @@ def forward(
         _targets(out),
         total=saved[0] if save and normed else None,
         statistics=saved[1] if save and normed else None,
-        weight=norm_weight,
-        bias=norm_bias,
+        weight=None if norm_weight is None else norm_weight.contiguous(),
+        bias=None if norm_bias is None else norm_bias.contiguous(),
         eps=norm_eps,
     )
     return (out, *saved)

@@ -78,7 +78,7 @@ def _plan(table: Tensor, routes: slice, length: int, layout: Layout) -> _Plan:
     key = (table._version, routes.start, routes.stop, length, layout)
     plans = _PLANS.setdefault(table, {})
     if key not in plans:
-        if any(version != table._version for version, *_ in plans):
+        if any(version != table._version for version, *_ in list(plans)):
             plans.clear()
         with torch.inference_mode(False):
             plans[key] = _Plan(_checked(table, length)[routes], length, layout)

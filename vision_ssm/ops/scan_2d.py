@@ -62,7 +62,8 @@ def scan_2d(
     ``dt_bias[k]``, through softplus if `delta_softplus`, it runs
     ``h[t] = exp(d * A[k]) * h[t-1] + d * B[i, k] * x[i]`` from 0 and adds ``<C[i, k], h[t]> + D[k] * x[i]`` to the
     output at position ``write[k, t]``. The sum over routes may be normalised over the channels. All of it is computed
-    in float32 (float64 for float64 `x`), whatever autocast says.
+    in float32 (float64 for float64 `x`), whatever autocast says; but the GPU's kernels round the output of every route
+    to the dtype of `x` before the sum. States that grow (`A` positive) overflow earlier than in a plain loop.
 
     Args:
         x: (B, L, D), channels last, any floating dtype; or (B, L, K, D), where route k scans a map of its own (a

@@ -22,7 +22,7 @@ def _by_group(values: Tensor, groups: int) -> Tensor:
     """(B, L, heads, P) to (B, groups, L, heads / groups * P): head k belongs to group ``k % groups``."""
     batch, length, heads, width = values.shape
     shares = heads // groups
-    return values.view(batch, length, shares, groups, width).permute(0, 3, 1, 2, 4).reshape(batch, groups, length, -1)
+    return values.view(batch, length, shares, groups, width).permute(0, 3, 1, 2, 4).flatten(3)
 
 
 def _by_head(values: Tensor, heads: int) -> Tensor:
@@ -30,7 +30,7 @@ def _by_head(values: Tensor, heads: int) -> Tensor:
     batch, groups, length, columns = values.shape
     shares = heads // groups
     values = values.view(batch, groups, length, shares, columns // shares).permute(0, 2, 3, 1, 4)
-    return values.reshape(batch, length, heads, -1)
+    return values.flatten(2, 3)
 
 
 def forward(

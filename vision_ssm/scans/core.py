@@ -203,7 +203,9 @@ class SSDCore(RouteCore):
     def __init__(self, dim: int, routes: Routes, state_dim: int, heads: int, init: str = "uniform"):
         super().__init__(dim, routes)
         if dim % heads:
-            raise ValueError(f"heads must divide the scanned width: {heads} heads for {dim} channels")
+            raise ValueError(
+                f"heads must divide the scanned width: {heads} heads for {dim} channels; the mixer's dt_rank says how many"
+            )
         count, self.state_dim, self.heads = routes.num_routes, state_dim, heads
         self.x_proj_weight = _uniform(count, heads + 2 * state_dim, dim, bound=dim**-0.5)
         if init == "normal":

@@ -103,7 +103,10 @@ class Routes:
         if key not in self._cache:
             # made outside of inference mode, or a later training step could not save them for backward
             with torch.inference_mode(False):
-                self._cache[key] = [table.to(device) for table in self.make_tables(height, width)]
+                made = [table.to(device) for table in self.make_tables(height, width)]
+            if any(type(table.read) is not torch.Tensor for table in made):  # of a trace, and of no use behind it
+                return made
+            self._cache[key] = made
             if len(self._cache) > _CACHED_SIZES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
