@@ -48,7 +48,8 @@ def test_config_builds(path):
     cfg = read_config(path)
     model, wrapper = build(cfg)
     assert cfg.model.backbone.name in list_models()
-    assert sum(len(group["params"]) for group in wrapper.optimizer.param_groups) == len(list(model.parameters()))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert sum(len(group["params"]) for group in wrapper.optimizer.param_groups) == len(trained)
     assert len(schedule(cfg, wrapper, 10)) == len(cfg.param_scheduler)
     channels = cfg.model.backbone.get("in_chans", 3)
     for loader, train in (("train_dataloader", True), ("val_dataloader", False), ("test_dataloader", False)):

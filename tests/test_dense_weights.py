@@ -123,7 +123,8 @@ def test_unknown_parts_and_lost_parts_are_reported(trained):
     model = vision_ssm.create_model("vmamba_micro", features_only=True)
     report = load_state_dict(model, state, strict=False)
     assert not report.complete
-    assert report.unexpected == ["teacher.weight"] and report.missing == ["stages.1.blocks.0.norm1.weight"]
+    assert report.ignored["part of another model, teacher"] == ["teacher.weight"]
+    assert not report.unexpected and report.missing == ["stages.1.blocks.0.norm1.weight"]
 
 
 def test_another_variants_dense_weights_are_named(tmp_path):
@@ -152,3 +153,10 @@ def test_averaged_weights_of_mmengine(trained, tmp_path):
     assert unwrap(content, "file")["decode_head.conv_seg.bias"].sum() == 3
     plain = unwrap(content, "file", ema=False)
     assert set(plain) == set(averaged) and not any(value.any() for value in plain.values())
+
+
+def test_parts_of_any_name():
+    """Detectors such as DETR have an encoder and a decoder of their own beside backbone and head."""
+    own, parts = split_parts({"backbone.stem.weight": 1, "encoder.layers.0.w": 2, "query_embedding.w": 3, "bbox_head.w": 4})
+    assert own == {"stem.weight": 1}
+    assert parts == {"encoder": ["encoder.layers.0.w"], "query_embedding": ["query_embedding.w"], "bbox_head": ["bbox_head.w"]}

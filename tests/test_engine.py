@@ -33,6 +33,7 @@ from vision_ssm.engine import (
     ProgressHook,
     RecordHook,
     Runner,
+    build_loss,
     find_non_finite,
     parameter_groups,
     read_training,
@@ -971,3 +972,35 @@ def test_record_hook_without_accuracy():
         {"epoch": 1, "train_loss": 1.5, "lr": 1e-3, "val_top1": 50.0},
         {"epoch": 2, "train_loss": 0.5, "lr": 5e-4},
     ]
+
+
+def test_data_that_makes_no_batch(data, tmp_path):
+    cfg = plain(small_config(data, tmp_path))
+    cfg.train_dataloader.update(batch_size=64, drop_last=True)
+    with pytest.raises(ValueError, match="36 training images make no batch of 64 in each of 1 process"):
+        Runner.from_cfg(cfg).train()
+
+
+def test_channels_of_data_and_model_must_agree(data, tmp_path):
+    cfg = plain(small_config(data, tmp_path))
+    cfg.model.backbone.in_chans = 3
+    cfg.train_dataloader.dataset.channels = 1
+    with pytest.raises(ValueError, match="the data has images of 1 channels, the model takes 3: set model.backbone"):
+        Runner.from_cfg(cfg).train()
+
+
+def test_more_outputs_than_classes(data, tmp_path):
+    """What is predicted beyond the classes of the data has a number for a name."""
+    cfg = plain(small_config(data, tmp_path, epochs=1))
+    cfg.model.num_classes = 5
+    runner = Runner.from_cfg(cfg)
+    with torch.no_grad():
+        runner.bare_model.backbone.head.bias[4] = 100.0
+    cfg.optim_wrapper.optimizer.lr = 1e-9
+    runner.train()
+    assert "class 4" in (tmp_path / "per_class.csv").read_text() and (tmp_path / "predictions.png").exists()
+
+
+def test_weights_of_classes():
+    loss = build_loss(dict(type="CrossEntropyLoss", weight=[1.0, 2.0, 3.0]))
+    assert loss.weight.tolist() == [1.0, 2.0, 3.0]

@@ -395,3 +395,24 @@ def test_flops(center):
 def test_errors(change, error, message):
     with pytest.raises(error, match=f"layer_norm: .*{message}"):
         layer_norm(**layer_norm_inputs() | change)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_gradients_where_forward_kept_nothing(center):
+    """As in a program that was exported without gradients and is trained."""
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.rand(5)
+    with torch.no_grad():
+        exported = torch.export.export(Normed(weight, center), (torch.randn(3, 5),)).module()
+    (ours,) = torch.autograd.grad(exported(x).square().sum(), x)
+    (plain,) = torch.autograd.grad(layer_norm(x, weight, center=center).square().sum(), x)
+    torch.testing.assert_close(ours, plain)
+
+
+class Normed(torch.nn.Module):
+    def __init__(self, weight, center):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.center = center
+
+    def forward(self, x):
+        return layer_norm(x, self.weight, center=self.center)

@@ -9,7 +9,7 @@ import torch
 
 import vision_ssm
 from vision_ssm.ops import scan_2d
-from vision_ssm.scans import build_routes, describe_routes, list_routes
+from vision_ssm.scans import build_routes, build_scan, describe_routes, list_routes
 
 SIZES = [(1, 1), (1, 5), (4, 1), (2, 3), (5, 7), (8, 8)]
 # options for families that need some; every other family is built by name
@@ -169,3 +169,14 @@ def test_wrong_grids():
         build_routes(["raster", "cascade"]).tables(2, 2)
     with pytest.raises(ValueError, match=r"Atrous\(\)\) needs sides that are multiples of 2, got 4 x 3"):
         build_routes(dict(type="reversed", of="atrous")).tables(4, 3)
+
+
+def test_tables_of_a_trace_are_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mixer = build_scan("multi_direction", 8)
+    x = torch.randn(1, 4, 5, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mixer(torch.randn(1, 4, 5, 8))
+    assert mixer(x).shape == x.shape
+    assert copy.deepcopy(mixer)(x).shape == x.shape

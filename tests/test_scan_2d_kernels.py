@@ -494,3 +494,11 @@ def test_model_equals_the_chunked_path(monkeypatch):
         results[backend] |= {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, want in results["chunked"].items():
         check(name, results["triton"][name], want, 1e-4)
+
+
+@pytest.mark.parametrize("change", [lambda v: v[:1].expand(len(v)), lambda v: torch.stack([v, v], 1)[:, 0]])
+def test_norms_of_any_strides(change):
+    inputs = small(size=(2, 3), dim=5)
+    norm = dict(norm_weight=change(torch.rand(5) + 0.5), norm_bias=change(torch.randn(5)))
+    found = scan_2d(**inputs, **norm)
+    torch.testing.assert_close(found, scan_2d(**inputs, **{k: v.contiguous() for k, v in norm.items()}))

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from PIL import Image
 
 from vision_ssm import create_model, list_models, list_unets
 from vision_ssm.engine import commands, read_training
-from vision_ssm.engine.predict import Predictor, class_names, image_files
+from vision_ssm.engine.config import load_config
+from vision_ssm.engine.predict import Predictor, class_names, image_files, stored_transform
 from vision_ssm.engine.predict_command import predict
 
 TOOLS = ("train", "test", "predict", "list_models")
@@ -229,3 +231,26 @@ def test_cuda_graphs_without_a_gpu_say_what_is_missing(capsys, tmp_path, data):
     message = fails(capsys, commands.train, tmp_path / "small.py", "--cuda-graphs", "--work-dir", tmp_path)
     assert "the model is on the cpu, CUDA graphs need a CUDA device: train on a GPU" in message
     assert "Traceback" not in message and not list(tmp_path.glob("*.pth"))
+
+
+def test_weights_of_a_run_come_with_its_transform(trained, data, tmp_path):
+    """By name, a checkpoint is seen through the transform that its run evaluated with, not through the variant's."""
+    cfg, meta = load_config(trained / "small.py"), read_training(trained / "best_top1.pth")["meta"]
+    weights = create_model("vmamba_micro", num_classes=3, in_chans=1).state_dict()
+    torch.save({"state_dict": weights, "meta": meta}, tmp_path / "run.pth")
+    by_config = Predictor.from_config(cfg, trained / "best_top1.pth")
+    by_name = Predictor.from_weights("vmamba_micro", tmp_path / "run.pth")
+    picture = Image.open(data / "val" / "rows" / "00.png")
+    assert torch.equal(by_name.transform(picture), by_config.transform(picture)) and by_name.classes == CLASSES
+    checkpoint = {"meta": {"cfg": "import os\nval_dataloader = dict(dataset=dict(transform=dict(crop_pct=open('x'))))\n"}}
+    assert stored_transform(checkpoint) == {} and stored_transform({"meta": {"cfg": "a = ("}}) == {}
+
+
+def test_test_refuses_other_classes(trained, data, tmp_path, capsys):
+    other = tmp_path / "val"
+    shutil.copytree(data / "val", other)
+    (other / "blob").rename(other / "zebra")
+    said = fails(capsys, commands.test, trained / "small.py", trained / "best_top1.pth", "--data-root", tmp_path)
+    assert "rows instead of blob, zebra instead of rows" in said and "classes=[...]" in said
+    inside = [trained / "small.py", trained / "best_top1.pth", data / "val" / "rows" / "00.png", "--out", tmp_path]
+    assert "is a folder; name a file" in fails(capsys, predict, *inside)

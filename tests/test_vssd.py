@@ -270,3 +270,9 @@ def test_originals_without_a_classifier_and_of_fewer_stages():
         torch.testing.assert_close(model(image), expected)
     given = VSSD.from_official_config(dict(depths=[1, 1, 1]), set())
     assert (given["heads"], given["mixers"]) == ([2, 4, 8], ["ssd"] * 3)
+
+
+@pytest.mark.parametrize("name", ["vssd_micro", "groupmamba_micro"])
+def test_no_images(name):
+    model = vision_ssm.create_model(name, num_classes=3).eval()
+    assert model(torch.zeros(0, 3, 32, 32)).shape == (0, 3)

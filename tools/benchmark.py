@@ -16,6 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -264,9 +265,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     run = Run.of("tools/benchmark.py", argv, "", arguments.device)
     try:
+        for path in (arguments.json, arguments.markdown, getattr(arguments, "plot", None)):
+            if path:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)  # before the work, not behind it
         rows, table = COMMANDS[arguments.command](arguments, run)
-    except (BenchmarkError, UsageError, KeyError) as error:
-        print(error.args[0], file=sys.stderr)
+    except (BenchmarkError, UsageError, KeyError, ValueError, OSError) as error:
+        print(error if isinstance(error, OSError) else error.args[0], file=sys.stderr)
         return 1
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(table.rich(run.setting))

@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json == "-":
             print(text)
             return 0
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(text + "\n")
     console = wide_console()
     for table in (report.module_table(args.depth), report.operator_table(), report.uncounted_table()):

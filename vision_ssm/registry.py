@@ -42,8 +42,10 @@ def suggest(name: str, choices: Iterable[str], count: int = 3) -> str:
 
     Returns an empty string when there is nothing useful to say, so it can be appended to any message.
     """
-    choices = sorted(choices)
-    close = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
+    choices = sorted(set(choices))
+    longer = [choice for choice in choices if name and choice.startswith(name)][:count]  # a name that was cut short
+    near = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
+    close = [*longer, *(choice for choice in near if choice not in longer)][:count]
     if close:
         return f" Did you mean {' or '.join(repr(item) for item in close)}?"
     if 0 < len(choices) <= 30:

@@ -243,18 +243,18 @@ def split_parts(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Te
             a head, a neck or a preprocessor.
 
     Returns:
-        The backbone's state dict, with names that belong to no part as they are, and the names of every other part by
-        that part. Of any other state dict, itself and nothing.
+        The backbone's state dict, and the names of every other part by that part: the first part of their name. Of any
+        other state dict, itself and nothing.
     """
     own: dict[str, torch.Tensor] = {}
     parts: dict[str, list[str]] = {}
-    for key, value in tensors.items():
-        if _OTHER_PART.match(key):
-            parts.setdefault(key.split(".", 1)[0], []).append(key)
-        else:
-            own[key.removeprefix(_BACKBONE)] = value
-    if not parts or not any(key.startswith(_BACKBONE) for key in tensors):
+    if not (any(map(_OTHER_PART.match, tensors)) and any(key.startswith(_BACKBONE) for key in tensors)):
         return dict(tensors), {}
+    for key, value in tensors.items():
+        if key.startswith(_BACKBONE):
+            own[key.removeprefix(_BACKBONE)] = value
+        else:
+            parts.setdefault(key.split(".", 1)[0], []).append(key)
     return own, parts
 
 
@@ -270,7 +270,7 @@ def _explain_misfit(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> 
         own, *names = (cls.__name__ if within else cls.family for cls in (model.registered(), *owners))
         return f"this is no {own} checkpoint: it looks like a {' or '.join(dict.fromkeys(names))} checkpoint"
     ours = model.own_keys(dict(tensors))
-    changes = sorted(set(model.overrides) - {"num_classes"})
+    changes = sorted(set(model.overrides) - {"num_classes", "out_indices", "features_only"})
     for name, settings in model.variants.items():
         if name == model.variant and not changes:
             continue

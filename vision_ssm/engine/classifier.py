@@ -33,6 +33,8 @@ def build_loss(loss: dict) -> nn.Module:
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}.{suggest(str(name), LOSSES)}")
     check_keywords(LOSSES[name], keywords, f"loss {name}")
+    if isinstance(keywords.get("weight"), (list, tuple)):
+        keywords["weight"] = torch.tensor(keywords["weight"], dtype=torch.float32)  # one per class
     return LOSSES[name](**keywords)
 
 
@@ -129,7 +131,7 @@ class ImageClassifier(BaseModel):
         self.num_classes = num_classes
         self.backbone: Any = create_classifier(arguments.pop("name"), num_classes, **arguments)
         if pretrained is not None:
-            report = load_classifier(self.backbone, pretrained, reset_head)
+            report = load_classifier(self.backbone, pretrained, reset_head, adapt_input=True)
             print_log(f"Pretrained weights: {report}", logger="current")
         self.loss = build_loss(loss)
         self.graphed = GraphedCall(self.backbone) if cuda_graphs else None

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from vision_ssm.backbones.family import points_to_file
 from vision_ssm.factory import create_model, find_any, list_models, list_unets
 from vision_ssm.registry import SCANS, suggest
-from vision_ssm.weights import load_weights
+from vision_ssm.weights import load_weights, read_checkpoint
 
 from .classifier import ImageClassifier
 from .config import (
@@ -24,6 +25,7 @@ from .config import (
     prepare,
     prepare_training,
     use_test_time_augmentation,
+    writable_file,
 )
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense_checks import check_dense
@@ -34,6 +36,7 @@ from .medical_metrics import VolumeEvaluation
 from .metrics import Evaluation, find_evaluation, format_metric
 from .official import WORD, find_checkpoint
 from .pose import TopDownPose, load_pose_weights
+from .predict import stored_class_names
 from .runner import Runner
 from .timm_models import load_classifier
 
@@ -155,12 +158,16 @@ def test(argv: Sequence[str] | None = None) -> int:
             use_test_time_augmentation(cfg)
         if isinstance(cfg.model.get("backbone"), dict) and "init_cfg" in cfg.model.backbone:
             cfg.model.backbone.init_cfg = None  # every weight comes from the checkpoint
-        if cfg.model.type == "vision_ssm.MedicalSegmentor":
-            cfg.model.pretrained = None
+        if cfg.model.type in ("vision_ssm.MedicalSegmentor", "vision_ssm.ImageClassifier"):
+            cfg.model.update(pretrained=None)
+            cfg.model.pop("reset_head", None)
+        if args.out:
+            writable_file(args.out)
         runner = Runner.from_cfg(cfg)
         model = runner.bare_model
         if isinstance(model, ImageClassifier):
             load_classifier(model.backbone, args.checkpoint)
+            check_tested_classes(args.checkpoint, model.num_classes, runner.test_dataloader.dataset)
         elif isinstance(model, TopDownPose):
             load_pose_weights(model, args.checkpoint)
         elif isinstance(model, MedicalSegmentor):
@@ -183,6 +190,22 @@ def test(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check_tested_classes(checkpoint: str, num_classes: int, dataset: Any) -> None:
+    """Labels of the test data must be those of training, as far as the checkpoint says which these were."""
+    if hasattr(dataset, "check_num_classes"):
+        dataset.check_num_classes(num_classes)
+    known = stored_class_names(read_checkpoint(checkpoint), num_classes)
+    found = tuple((getattr(dataset, "metainfo", None) or {}).get("classes", ()))
+    if known is None or not found or known == found:
+        return
+    differing = [f"{ours} instead of {theirs}" for ours, theirs in zip(found, known) if ours != theirs]
+    raise UsageError(
+        f"the test data has {len(found)} classes and {checkpoint} was trained on {len(known)}, or in another order"
+        f" ({', '.join(differing[:3]) or 'some are missing'}), so that labels would not agree: give the test data"
+        " classes=[...] of training (with allow_empty_classes=True where it lacks images)"
+    )
+
+
 def _report_test(metrics: dict, evaluations: list[Evaluation | None], work_dir: str, out: str | None) -> None:
     """Print the metrics of all sets and the classes of the first; the file `out` gets the images of all."""
     console = wide_console()
@@ -198,10 +221,11 @@ def _report_test(metrics: dict, evaluations: list[Evaluation | None], work_dir: 
     rows = sorted(evaluation.per_class(), key=lambda row: (row["images"] == 0, row["accuracy"]))
     table = Table("class", "images", "accuracy, %", "most taken for", title="Classes, the worst first")
     for row in rows[:10]:
-        table.add_row(row["name"], str(row["images"]), f"{row['accuracy']:.2f}", row["mistaken_for"])
+        names = escape(row["name"]), escape(row["mistaken_for"])
+        table.add_row(names[0], str(row["images"]), f"{row['accuracy']:.2f}", names[1])
     console.print(table)
     if out is not None:
-        with open(out, "w", newline="", encoding="utf-8") as file:
+        with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(("path", "label", "predicted", "confidence", "correct"))
             for prediction in (prediction for each in found for prediction in each.predictions):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine import registry as root
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.runner import EpochBasedTrainLoop
@@ -35,6 +36,28 @@ OWNERS = {"train_cfg": EpochBasedTrainLoop.__init__, "randomness": Runner.set_ra
 
 class UsageError(ValueError):
     """A wrong command line; the message says what to change."""
+
+
+def checked_device(name: str | None) -> str:
+    """The device of that name, or a GPU if there is one; `UsageError` if it is not there."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device {name}: PyTorch finds no GPU here; use cpu")
+    return name
+
+
+def writable_file(path: str | Path) -> Path:
+    """`path` in a folder that is there and can be written to, made if need be; `UsageError` if not."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UsageError(f"--out {path} cannot be written: {error.strerror} ({error.filename})") from None
+    return path
 
 
 def load_config(path: str | Path) -> Config:

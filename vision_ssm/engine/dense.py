@@ -26,7 +26,7 @@ from vision_ssm.weights import unwrap
 
 from . import figures
 from .checkpoint import read_training
-from .config import UsageError
+from .config import UsageError, checked_device
 from .hooks import finished, position_in_words
 from .whole_model import has_heads, load_whole_model, short_misfits
 
@@ -185,7 +185,7 @@ class DensePredictor:
         else:  # a backbone of mmseg, mmdet or timm
             with short_misfits(checkpoint):
                 self.model.load_state_dict(state["state_dict"])
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = checked_device(device)
         self.model.eval().to(self.device)
         meta = (state.get("meta") or {}).get("dataset_meta") or {}
         self.dataset_meta = meta if meta.get("classes") else _metainfo(dataset, cfg.default_scope)

@@ -12,7 +12,7 @@ from rich.table import Table
 from vision_ssm.factory import create_model, list_unets
 from vision_ssm.integrations import export as doors
 
-from .config import UsageError
+from .config import UsageError, checked_device
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .logs import ignore_harmless_warnings
 from .predict import model_from_file, stored_class_names
@@ -140,7 +140,7 @@ def export(argv: Sequence[str] | None = None) -> int:
         }
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            about = writers[args.door](model.to(args.device), output, **options)
+            about = writers[args.door](model.to(checked_device(args.device)), output, **options)
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
     _report(about, output)

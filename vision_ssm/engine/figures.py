@@ -313,4 +313,5 @@ def draw_pictures(
 
 
 def _short(text: str, length: int = 18) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+    text = text.encode("utf-8", "replace").decode("utf-8")  # names of files may be no text
+    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")  # no formula

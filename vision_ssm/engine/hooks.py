@@ -244,7 +244,7 @@ class PicturesHook(Hook):
         count: images in the grid of predictions.
     """
 
-    priority = "LOW"
+    priority = "LOWEST"  # weights are saved before anything is drawn
 
     def __init__(self, every_epochs: int | None = None, count: int = 40) -> None:
         self.every_epochs = every_epochs

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.config import Config
 from PIL import Image
 from rich.table import Table
@@ -23,7 +22,7 @@ from vision_ssm.data.medical_volume import MedicalDataError, Volume
 from vision_ssm.registry import MODELS
 from vision_ssm.weights import load_weights, read_checkpoint
 
-from .config import UsageError
+from .config import UsageError, checked_device
 from .console import wide_console
 from .medical import MedicalSegmentor
 from .medical_figures import draw_montage, save_overlays
@@ -57,7 +56,7 @@ class MedicalPredictor:
         stretch: bool = False,
         device: str | None = None,
     ) -> None:
-        self.model = model.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.eval().to(checked_device(device))
         self.reading = reading
         self.channels = channels
         self.stretch = stretch

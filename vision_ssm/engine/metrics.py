@@ -107,7 +107,8 @@ class ClassificationMetric(BaseMetric):
         predicted = torch.tensor([result.predicted for result in results])
         rank = torch.tensor([result.rank for result in results])
         confusion = torch.bincount(label * count + predicted, minlength=count * count).view(count, count)
-        names = tuple((self.dataset_meta or {}).get("classes", ())) or tuple(str(index) for index in range(count))
+        names = tuple((self.dataset_meta or {}).get("classes", ()))
+        names += tuple(f"class {index}" if names else str(index) for index in range(len(names), count))
         self.evaluation = Evaluation(names, results, confusion)
         present = confusion.sum(1) > 0
         accuracies = confusion.diagonal()[present] / confusion.sum(1)[present]

@@ -24,7 +24,7 @@ from vision_ssm.factory import create_model
 from vision_ssm.registry import MODELS, suggest
 from vision_ssm.weights import CheckpointError, LoadReport, load_weights, read_checkpoint, unwrap
 
-from .config import UsageError
+from .config import UsageError, checked_device
 from .pose_figures import draw_pose_grid
 from .whole_model import load_whole_model
 
@@ -285,7 +285,7 @@ class PosePredictor:
     """
 
     def __init__(self, model: TopDownPose, transform: TopDownTransform, device: str | None = None) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = checked_device(device)
         self.model = model.eval().to(self.device)
         self.transform = transform
         self.keypoints = model.keypoints

@@ -1,5 +1,6 @@
 """Predictions for image files: from a run's config and checkpoint, or from a model's name and a weight file."""
 
+import ast
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from vision_ssm.factory import create_model, find_family, list_models
 from vision_ssm.registry import MODELS
 from vision_ssm.weights import load_weights, read_checkpoint, unwrap
 
-from .config import UsageError
+from .config import UsageError, checked_device
 from .timm_models import load_classifier
 
 IMAGENET_CLASSES = 1000
@@ -45,6 +46,35 @@ def stored_class_names(checkpoint: Any, count: int) -> tuple[str, ...] | None:
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     stored = (meta.get("dataset_meta") or {}).get("classes", ()) if isinstance(meta, dict) else ()
     return tuple(stored) if count and len(stored) == count else None
+
+
+def stored_transform(checkpoint: Any) -> dict[str, Any]:
+    """Keywords of `build_transform` with which the run of a checkpoint evaluated; none for other files.
+
+    The config in a checkpoint is text. It is read as data, and not run.
+    """
+    meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
+    text = meta.get("cfg") if isinstance(meta, dict) else None
+    if not isinstance(text, str):
+        return {}
+    try:
+        parts = {node.targets[0].id: _literal(node.value) for node in ast.parse(text).body}  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError, AttributeError):
+        return {}
+    loader = parts.get("test_dataloader") or parts.get("val_dataloader") or {}
+    transform = loader.get("dataset", {}).get("transform")
+    return dict(transform) if isinstance(transform, dict) else {}
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of an expression of literals and ``dict(key=...)``; `ValueError` for any other."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict):
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_literal(item) for item in node.elts]
+    return ast.literal_eval(node)
 
 
 def class_names(checkpoint: Any, count: int) -> tuple[str, ...]:
@@ -99,7 +129,7 @@ class Predictor:
     def __init__(
         self, model: nn.Module, transform: Any, channels: int, classes: Sequence[str], device: str | None = None
     ) -> None:
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = checked_device(device)
         self.model = model.eval().to(self.device)
         self.transform = transform
         self.channels = channels
@@ -126,8 +156,10 @@ class Predictor:
         model, checkpoint = model_from_file(name, weights)
         if not model.num_classes:
             raise UsageError(f"{weights} holds no classifier of {name}, so there is nothing to predict with")
-        transform = build_transform(train=False, **transform_settings(model, model.in_chans))
-        return cls(model, transform, model.in_chans, class_names(checkpoint, model.num_classes), device)
+        settings = dict(train=False, **transform_settings(model, model.in_chans))
+        settings.update(stored_transform(checkpoint))  # what a run evaluated with goes before what the variant has
+        classes = class_names(checkpoint, model.num_classes)
+        return cls(model, build_transform(**settings), model.in_chans, classes, device)
 
     @torch.inference_mode()
     def __call__(

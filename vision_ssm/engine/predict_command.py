@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from . import figures
-from .config import UsageError, load_config
+from .config import UsageError, load_config, writable_file
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense import DensePredictor, SampleDrawer, dense_task, picture_of, save_pictures, summarise
 from .logs import ignore_harmless_warnings
@@ -85,6 +86,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
                 return _predict_dense(DensePredictor(cfg, checkpoint, args.device), image_files(inputs), args)
             predictor = Predictor.from_config(cfg, checkpoint, args.device)
         files = image_files(inputs)
+        writable_file(args.out)
         results = _results(lambda: predictor(files, args.top))
         figures.draw_top(list(results.items())[:MOST_DRAWN], args.out, f"Top {args.top} classes")
     console = wide_console()
@@ -93,11 +95,11 @@ def predict(argv: Sequence[str] | None = None) -> int:
         console.print(file, highlight=False, soft_wrap=True)
         table = Table("class", "probability")
         for name, value in top:
-            table.add_row(name, f"{100 * value:.2f} %")
+            table.add_row(escape(name), f"{100 * value:.2f} %")
     else:
         table = Table("image", *(f"{place + 1}." for place in range(len(next(iter(results.values()))))))
         for file, top in results.items():
-            table.add_row(file, *(f"{name} {100 * value:.1f} %" for name, value in top))
+            table.add_row(escape(file), *(f"{escape(name)} {100 * value:.1f} %" for name, value in top))
     console.print(table)
     drawn = f" (the first {MOST_DRAWN} of {len(results)} images)" if len(results) > MOST_DRAWN else ""
     console.print(f"Picture{drawn}: {args.out}", soft_wrap=True)

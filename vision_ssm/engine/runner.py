@@ -345,7 +345,10 @@ class Runner(mmengine.runner.Runner):
                     "Use the config of the checkpoint (saved in its work dir), a new --work-dir, or --resume-anyway "
                     "to continue with these differences."
                 )
-            self.logger.warning(f"Resuming although the config differs from that of {filename}:\n  {listed}")
+            self.logger.warning(
+                f"Resuming although the config differs from that of {filename}:\n  {listed}\n"
+                "Learning rates, weight decay and schedules go on as in the checkpoint."
+            )
         self._load_weights(checkpoint, filename)
         self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
         saved = checkpoint.get("param_schedulers", [])
@@ -373,6 +376,12 @@ class Runner(mmengine.runner.Runner):
     def build_training(self) -> None:
         """Build loaders and optimizer and compare them with the model, so that mistakes show before a run."""
         self._train_loop = self.build_train_loop(self._train_loop)
+        if not len(self.train_dataloader):
+            images, batch = len(self.train_dataloader.dataset), batch_size(self.train_dataloader)
+            raise ValueError(
+                f"{images} training images make no batch of {batch} in each of {self.world_size} process(es): lower "
+                "train_dataloader.batch_size, or set train_dataloader.drop_last=False"
+            )
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
@@ -430,11 +439,23 @@ class Runner(mmengine.runner.Runner):
     def _check_classes(self) -> None:
         """Training and validation labels must agree with each other and with the model before anything is trained."""
         training = self.train_dataloader.dataset
+        channels, takes = getattr(training, "channels", None), getattr(self.bare_model, "backbone", None)
+        takes = getattr(takes, "in_chans", None)
+        if channels is not None and takes is not None and channels != takes:
+            raise ValueError(
+                f"the data has images of {channels} channels, the model takes {takes}: set model.backbone.in_chans or "
+                "channels of every dataset"
+            )
         if hasattr(self.bare_model, "check_classes"):
             for loader in [self.train_dataloader, *([] if self.val_loop is None else [self.val_dataloader])]:
                 self.bare_model.check_classes(loader.dataset.metainfo["classes"])
         if hasattr(training, "check_num_classes") and hasattr(self.bare_model, "num_classes"):
             training.check_num_classes(self.bare_model.num_classes)
+            if (known := len(training.metainfo["classes"])) < self.bare_model.num_classes:
+                self.logger.warning(
+                    f"The data has {known} classes and the model num_classes={self.bare_model.num_classes}: the others "
+                    "can be predicted and never be right"
+                )
             validation: Any = None if self.val_loop is None else self.val_dataloader.dataset
             if hasattr(validation, "check_num_classes"):
                 check_same_classes(training, validation)

@@ -41,7 +41,11 @@ def create_classifier(name: str, num_classes: int, **overrides: Any) -> nn.Modul
 
 
 def load_classifier(
-    model: nn.Module, file: str | os.PathLike, reset_head: bool = False, called: str | None = None
+    model: nn.Module,
+    file: str | os.PathLike,
+    reset_head: bool = False,
+    called: str | None = None,
+    adapt_input: bool = False,
 ) -> str:
     """Load a weight file into a model of `create_classifier`.
 
@@ -50,6 +54,7 @@ def load_classifier(
         file: official weights, or a checkpoint of a training run.
         reset_head: keep the fresh classifier of `model` where the file's has another number of classes.
         called: how an error calls a model that is not ours; by default, by its class.
+        adapt_input: make the first convolution, of images of 3 channels in the file, one for a model of ours.
 
     Returns:
         A report in words.
@@ -58,7 +63,8 @@ def load_classifier(
         FileNotFoundError, CheckpointError: the file cannot be read, or does not fit.
     """
     if isinstance(model, ModelFamily):
-        return str(load_weights(model, file, reset_head=reset_head, verbose=False))
+        options: dict[str, bool] = dict(reset_head=reset_head, adapt_input=adapt_input, verbose=False)
+        return str(load_weights(model, file, **options))
     tensors = unwrap(read_checkpoint(file), str(file))
     dropped = _other_classifier(model, tensors) if reset_head else []
     kept = {key: value for key, value in tensors.items() if key not in dropped}

@@ -15,7 +15,7 @@ EXAMPLES = {
     "scan": """  visualize.py scan cross                                        a route family
   visualize.py scan windowed --options 'directions=[raster,window2]' --grid 7 9
   visualize.py scan plstm --out plstm.gif                        animated, as is svg with --animate
-  visualize.py scan localvmamba_micro --block stages.0.blocks.1  of a block of a model""",
+  visualize.py scan localvmamba_micro --block stages.1.blocks.0  of a block of a model""",
     "erf": """  visualize.py erf vmamba_tiny_s1l8 --random 20
   visualize.py erf vmamba_tiny_s1l8 photos/ --checkpoint vssm1_tiny_0230s_ckpt_epoch_264.pth --count 50
   visualize.py erf configs/classification/quickstart_digits.py data/digits/val --checkpoint best_top1.pth""",
@@ -24,7 +24,7 @@ EXAMPLES = {
   visualize.py cam configs/classification/quickstart_digits.py data/digits/val/3 --checkpoint best_top1.pth
   visualize.py cam configs/medical/msvmunet_synapse.py slice.png --checkpoint best_dice.pth --class liver""",
     "activation": """  visualize.py activation vim_tiny dog.jpg --checkpoint FILE --stages 5 11 23
-  visualize.py activation vmunet scan.png --checkpoint FILE --reduce norm""",
+  visualize.py activation vmunet_isic scan.png --checkpoint FILE --reduce norm""",
     "attn": """  visualize.py attn vmamba_tiny_s1l8 dog.jpg --checkpoint FILE --block stages.2.blocks.3 --query 0.4 0.6
   visualize.py attn noncausal_ssd --grid 14 14 --query 0.5 0.25  a strategy alone, with random weights and tokens""",
     "filters": """  visualize.py filters vmamba_tiny_s1l8 --checkpoint FILE

@@ -107,7 +107,8 @@ class _HeadCheck:
             elif set(maps.channels) != {width}:
                 self.expect(f"{place}.in_channels", width, maps.channels[-1], maps)
         elif isinstance(width, (list, tuple)):
-            self.expect(f"{place}.in_channels", width, maps.channels, maps)
+            right = maps.channels[::-1] if kind == "YOLOV3Neck" else maps.channels
+            self.expect(f"{place}.in_channels", width, right, maps)
         out, count = neck.get("out_channels"), neck.get("num_outs")
         if kind == "SimpleFPN":
             out, count = neck.get("out_channels", 256), neck.get("num_outs", 5)
@@ -120,7 +121,7 @@ class _HeadCheck:
             strides = strides[neck.get("start_level", 0) :] if strides else None
         elif kind == "MultiLevelNeck":
             count, strides = len(neck.get("scales", [0.5, 1, 2, 4])), None
-        elif out is None and count is None and isinstance(width, int):
+        elif kind == "BFP":
             return Maps(place, list(maps.channels), strides)  # one that refines maps of equal channels
         else:
             strides = None
@@ -138,6 +139,8 @@ class _HeadCheck:
         if "in_channels" not in head:
             return
         width, index = head["in_channels"], head.get("in_index", -1)
+        if "in_index" not in head and isinstance(width, (list, tuple)):  # Mask2Former and its kin take all maps
+            index = list(range(len(maps.channels)))
         indices = list(index) if isinstance(index, (list, tuple)) else [index]
         count = len(maps.channels)
         if any(not isinstance(i, int) or not -count <= i < count for i in indices):

@@ -84,6 +84,12 @@ def published(file: str | os.PathLike, suffix: str, overwrite: bool) -> Iterator
         raise OSError(f"{target} cannot be written: {error.strerror} ({error.filename})") from None
     try:
         yield folder / target.name
+        beside = target.with_name(f"{target.name}.data")  # where weights are that do not fit into the file
+        if not (folder / beside.name).exists():
+            if overwrite:
+                beside.unlink(missing_ok=True)
+        elif beside.exists() and not overwrite:
+            raise FileExistsError(f"{beside} exists already; --overwrite (overwrite=True) replaces it")
         for written in sorted(folder.iterdir(), key=lambda path: path.name == target.name):  # the file itself last
             os.replace(written, target.parent / written.name)
     finally:

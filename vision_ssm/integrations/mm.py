@@ -222,7 +222,9 @@ class DenseBackbone(Backbone):
         assert self.variant is not None
         settings = check_weights(self.variant, self.init_cfg)
         if settings is not None:
-            report = load_weights(self, settings["checkpoint"], ema=settings.get("ema"), verbose=False)
+            report = load_weights(
+                self, settings["checkpoint"], ema=settings.get("ema"), adapt_input=True, verbose=False
+            )
             print_log(str(report), "current")
         self._is_init = True
 

@@ -1,5 +1,6 @@
 """A model as a folder that ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads, as a hub does."""
 
+import copy
 import json
 import os
 import shutil
@@ -62,10 +63,17 @@ def save_timm_folder(
         settings["label_names"] = names
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:  # so that no half-written model can be left
-        save_for_hf(model, made, model_config=settings, model_args=arguments, safe_serialization=True)
+        save_for_hf(_contiguous(model), made, model_config=settings, model_args=arguments, safe_serialization=True)
         for name in files:
             shutil.move(Path(made) / name, folder / name)
     return folder
+
+
+def _contiguous(model: Backbone) -> Backbone:
+    """`model`, or a copy of it whose tensors lie in memory as safetensors wants them."""
+    if all(value.is_contiguous() for value in model.state_dict().values()):
+        return model
+    return copy.deepcopy(model).to(memory_format=torch.contiguous_format)
 
 
 def _arguments(model: Backbone) -> dict[str, Any]:

@@ -154,11 +154,11 @@ def _find_source(variant: str, settings: PretrainedCfg, cache_dir: str | Path | 
         location = [settings.hf_hub_id, settings.hf_hub_filename] if settings.hf_hub_filename else [settings.hf_hub_id]
         return load_state_dict_from_hf(*location, weights_only=True, cache_dir=cache_dir)
     family, link = find_family(variant), settings.url or settings.origin_url
+    if isinstance(settings.url, (tuple, list)):
+        return fetch(*settings.url, cache_dir=cache_dir)
     published = {entry["url"]: tag for tag, entry in family.weights_of(variant).items()}
     if link in published:
         return fetch_weights(family, variant, published[link], cache_dir)
-    if isinstance(settings.url, (tuple, list)):
-        return fetch(*settings.url, cache_dir=cache_dir)
     if settings.url:
         return fetch(settings.url, Path(urllib.parse.urlsplit(settings.url).path).name, cache_dir=cache_dir)
     raise RuntimeError(f"no official weights are published for {variant}: use pretrained=False for random ones")

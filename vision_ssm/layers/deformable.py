@@ -25,7 +25,9 @@ class DeformableConv2d(nn.Module):
     def __init__(self, dim: int, groups: int, kernel_size: int = 3, offset_kernel: int = 0, act: str = "identity"):
         super().__init__()
         if dim % groups:
-            raise ValueError(f"groups of a deformable convolution must divide its {dim} channels, got {groups}: dt_rank of a mixer")
+            raise ValueError(
+                f"groups of a deformable convolution (a mixer's dt_rank) must divide its {dim} channels, got {groups}"
+            )
         if kernel_size % 2 == 0 or (offset_kernel and offset_kernel % 2 == 0):
             raise ValueError(f"kernel_size and offset_kernel must be odd, got {kernel_size} and {offset_kernel}")
         self.groups, self.kernel_size = groups, kernel_size

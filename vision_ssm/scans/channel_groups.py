@@ -90,7 +90,8 @@ class ChannelGroupsScan(nn.Module):
     def mix_groups(self, n: torch.Tensor) -> torch.Tensor:
         """n: (B, H, W, dim). Returns the outputs of all groups side by side, (B, H, W, dim)."""
         batch, height, width, dim = n.shape
-        h = _project(n.reshape(batch, height * width, self.groups, dim // self.groups), self.in_proj_weight)  # (B, L, K, 2D)
+        slices = n.reshape(batch, height * width, self.groups, dim // self.groups)
+        h = _project(slices, self.in_proj_weight)  # (B, L, K, 2D)
         h, z = h.chunk(2, dim=-1)  # each (B, L, K, D)
         h = self.conv(h.flatten(2).unflatten(1, (height, width))).view(h.shape)
         (table,) = self.core.routes.tables(height, width, n.device)

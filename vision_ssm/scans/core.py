@@ -204,7 +204,7 @@ class SSDCore(RouteCore):
         super().__init__(dim, routes)
         if dim % heads:
             raise ValueError(
-                f"heads must divide the scanned width: {heads} heads for {dim} channels; the mixer's dt_rank says how many"
+                f"heads must divide the scanned width: {heads} heads for {dim} channels (a mixer's dt_rank sets them)"
             )
         count, self.state_dim, self.heads = routes.num_routes, state_dim, heads
         self.x_proj_weight = _uniform(count, heads + 2 * state_dim, dim, bound=dim**-0.5)
