@@ -43,7 +43,8 @@ def suggest(name: str, choices: Iterable[str], count: int = 3) -> str:
     Returns an empty string when there is nothing useful to say, so it can be appended to any message.
     """
     choices = sorted(set(choices))
-    longer = [choice for choice in choices if name and choice.startswith(name)][:count]  # a name that was cut short
+    # a name that was cut short, by no more than twice its length
+    longer = [choice for choice in choices if choice.startswith(name) and len(choice) <= 3 * len(name)][:count]
     near = difflib.get_close_matches(name, choices, n=count, cutoff=0.5)
     close = [*longer, *(choice for choice in near if choice not in longer)][:count]
     if close:

@@ -26,7 +26,7 @@ class DeformableConv2d(nn.Module):
         super().__init__()
         if dim % groups:
             raise ValueError(
-                f"groups of a deformable convolution (a mixer's dt_rank) must divide its {dim} channels, got {groups}"
+                f"groups of a deformable convolution must divide its {dim} channels, got {groups} (a mixer's dt_rank)"
             )
         if kernel_size % 2 == 0 or (offset_kernel and offset_kernel % 2 == 0):
             raise ValueError(f"kernel_size and offset_kernel must be odd, got {kernel_size} and {offset_kernel}")
