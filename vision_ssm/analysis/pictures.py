@@ -31,6 +31,16 @@ def check_output(path: str | os.PathLike, endings: Sequence[str] = (".png",)) ->
     path = Path(path)
     if path.suffix.lower() not in endings:
         raise VisualizeError(f"--out {path} should end in {' or '.join(endings)}")
+    return check_place(path)
+
+
+def check_place(path: str | os.PathLike) -> Path:
+    """The path of a file that is to be written, in a folder that exists and can be written to.
+
+    Raises:
+        VisualizeError: a folder, or one that cannot be made or written to.
+    """
+    path = Path(path)
     if path.is_dir():
         raise VisualizeError(f"--out {path} is a folder; name a file")
     try:

@@ -11,6 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from vision_ssm.analysis.pictures import check_place
 from vision_ssm.backbones.family import points_to_file
 from vision_ssm.factory import create_model, find_any, list_models, list_unets
 from vision_ssm.registry import SCANS, suggest
@@ -25,7 +26,6 @@ from .config import (
     prepare,
     prepare_training,
     use_test_time_augmentation,
-    writable_file,
 )
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense_checks import check_dense
@@ -162,7 +162,7 @@ def test(argv: Sequence[str] | None = None) -> int:
             cfg.model.update(pretrained=None)
             cfg.model.pop("reset_head", None)
         if args.out:
-            writable_file(args.out)
+            check_place(args.out)
         runner = Runner.from_cfg(cfg)
         model = runner.bare_model
         if isinstance(model, ImageClassifier):

@@ -47,19 +47,6 @@ def checked_device(name: str | None) -> str:
     return name
 
 
-def writable_file(path: str | Path) -> Path:
-    """`path` in a folder that is there and can be written to, made if need be; `UsageError` if not."""
-    path = Path(path)
-    if path.is_dir():
-        raise UsageError(f"--out {path} is a folder; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error.strerror} ({error.filename})") from None
-    return path
-
-
 def load_config(path: str | Path) -> Config:
     """Read a config file; if there is none, `UsageError` with the names of configs that look alike."""
     path = Path(path)

@@ -10,8 +10,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from vision_ssm.analysis.pictures import check_place
+
 from . import figures
-from .config import UsageError, load_config, writable_file
+from .config import UsageError, load_config
 from .console import BUILDING, clear_errors, command_parser, wide_console
 from .dense import DensePredictor, SampleDrawer, dense_task, picture_of, save_pictures, summarise
 from .logs import ignore_harmless_warnings
@@ -86,7 +88,7 @@ def predict(argv: Sequence[str] | None = None) -> int:
                 return _predict_dense(DensePredictor(cfg, checkpoint, args.device), image_files(inputs), args)
             predictor = Predictor.from_config(cfg, checkpoint, args.device)
         files = image_files(inputs)
-        writable_file(args.out)
+        check_place(args.out)
         results = _results(lambda: predictor(files, args.top))
         figures.draw_top(list(results.items())[:MOST_DRAWN], args.out, f"Top {args.top} classes")
     console = wide_console()
