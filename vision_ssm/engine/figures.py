@@ -27,14 +27,16 @@ MOST_LABELLED_CLASSES = 40
 MOST_NUMBERED_CLASSES = 20
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(axes: Axes, title: str) -> None:
+def style(axes: Axes, title: str) -> None:
+    """Title, grid and ticks as all pictures of runs have them."""
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -43,7 +45,8 @@ def _style(axes: Axes, title: str) -> None:
     axes.spines["bottom"].set(visible=True, color=MUTED)
 
 
-def _save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
+def save(figure: Figure, path: str | Path, dpi: int = 130) -> None:
+    """Write a figure as png."""
     figure.savefig(path, dpi=dpi)
 
 
@@ -82,7 +85,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
     """Three panels over epochs: loss (log scale where it spans decades), accuracy, learning rate."""
-    figure = _figure(13.5, 4.2)
+    figure = new_canvas(13.5, 4.2)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     panels = figure.subplots(1, 3)
     count = len(curves.epochs)
@@ -91,7 +94,7 @@ def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
     window = max(1, min(per_epoch, count))
     at = [row["epoch"] for row in curves.validation]
 
-    _style(panels[0], "Loss")
+    style(panels[0], "Loss")
     panels[0].plot(curves.epochs[::step], curves.loss[::step], color=BLUE, alpha=0.2, linewidth=0.8)
     mean = smoothed(curves.loss, window)
     panels[0].plot(curves.epochs[::step], mean[::step], color=BLUE, linewidth=1.8, label="train, mean of an epoch")
@@ -108,7 +111,7 @@ def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
         panels[0].set_ylim(shown.min() * 0.6, np.nanmax(curves.loss) * 1.4)
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
-    _style(panels[1], "Top-1 accuracy, %" if curves.metric == "top1" else curves.metric)
+    style(panels[1], "Top-1 accuracy, %" if curves.metric == "top1" else curves.metric)
     if np.isfinite(curves.top1).any():
         accuracy = smoothed(curves.top1, window)
         label = "train" if curves.metric in ("top1", "dice") else "train accuracy"
@@ -123,7 +126,7 @@ def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
     _, high = panels[1].get_ylim()
     panels[1].set_ylim(top=min(high, 101))
 
-    _style(panels[2], "Learning rate")
+    style(panels[2], "Learning rate")
     panels[2].plot(curves.epochs[::step], curves.lr[::step], color=GREEN, linewidth=1.8)
     panels[2].set_ylim(bottom=0)
     panels[2].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -134,7 +137,7 @@ def draw_curves(curves: Curves, path: str | Path, title: str) -> None:
     panels[0].legend(frameon=False, fontsize=9, labelcolor=INK, loc="upper right")
     if panels[1].lines:
         panels[1].legend(frameon=False, fontsize=9, labelcolor=INK, loc="lower right", bbox_to_anchor=(1, 0.05))
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_confusion(evaluation: Evaluation, path: str | Path, title: str = "Confusion matrix") -> None:
@@ -144,7 +147,7 @@ def draw_confusion(evaluation: Evaluation, path: str | Path, title: str = "Confu
     share = counts / np.maximum(total, 1)
     count = len(evaluation.classes)
     side = min(max(4.5, 0.55 * count + 2.5), 12)
-    figure = _figure(side + 0.8, side)
+    figure = new_canvas(side + 0.8, side)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     correct = np.trace(counts)
@@ -174,7 +177,7 @@ def draw_confusion(evaluation: Evaluation, path: str | Path, title: str = "Confu
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, colors=MUTED)
     bar.set_label("share of the true class", color=MUTED, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def picked_predictions(predictions: Sequence[Prediction], count: int) -> list[Prediction]:
@@ -221,7 +224,7 @@ def draw_predictions(
     chosen = picked_predictions(evaluation.predictions, count)
     columns = min(8, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    figure = _figure(1.55 * columns + 0.4, 1.95 * rows + 0.8)
+    figure = new_canvas(1.55 * columns + 0.4, 1.95 * rows + 0.8)
     wrong = sum(prediction.rank > 0 for prediction in evaluation.predictions)
     figure.suptitle(
         f"{title}: {wrong:,} of {len(evaluation.predictions):,} images wrong", x=0.01, ha="left", fontsize=12, color=INK
@@ -241,7 +244,7 @@ def draw_predictions(
         axes.set_title(label, fontsize=9, color=color, pad=4)
         axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=color,
                                  linewidth=3.0 if mistaken else 1.2))  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: str | Path, title: str) -> None:
@@ -254,7 +257,7 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
     """
     columns = 1 if len(pictures) == 1 else 2
     rows = math.ceil(len(pictures) / columns)
-    figure = _figure(6.4 * columns, 2.4 * rows + 0.6)
+    figure = new_canvas(6.4 * columns, 2.4 * rows + 0.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[1, 1.5] * columns)
     for axes in grid.ravel():
@@ -265,7 +268,7 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
         left.imshow(np.asarray(open_picture(file, size=320)))
         left.set_title(_short(Path(file).name, 28), fontsize=9, color=MUTED, loc="left")
         right.set_axis_on()
-        _style(right, "")
+        style(right, "")
         right.grid(False)
         names = [name for name, _ in top]
         values = [100 * value for _, value in top]
@@ -281,7 +284,7 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
             weight = "bold" if first else "normal"
             right.text(0, place + 0.26, _short(name, 40), fontsize=9, color=INK, va="bottom", fontweight=weight)
             right.text(value + 2, place, f"{value:.1f} %", fontsize=9, color=INK if first else MUTED, va="center")
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_pictures(
@@ -295,7 +298,7 @@ def draw_pictures(
     columns = max(1, min(len(pictures), round(math.sqrt(1.4 * len(pictures) / aspect))))
     rows = math.ceil(len(pictures) / columns)
     height = 3.0 if aspect < 1.5 else 2.4
-    figure = _figure(height * aspect * columns + 0.4, (height + 0.3) * rows + 0.6)
+    figure = new_canvas(height * aspect * columns + 0.4, (height + 0.3) * rows + 0.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
@@ -309,7 +312,7 @@ def draw_pictures(
             handles=patches, loc="outside lower left", ncols=min(len(patches), max(2, 3 * columns)), frameon=False,
             fontsize=9, labelcolor=INK,
         )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def _short(text: str, length: int = 18) -> str:

@@ -1,4 +1,4 @@
-"""The command visualize: routes of scans, receptive fields, Grad-CAM, feature maps, implicit attention, filters."""
+"""The command visualize: routes of scans, receptive fields, Grad-CAM, feature maps, attention, filters, runs."""
 
 import argparse
 import json
@@ -30,9 +30,10 @@ from vision_ssm.scans import build_scan, list_scans
 from vision_ssm.unets.base import UNet
 
 from .config import UsageError
-from .console import BUILDING, clear_errors
+from .console import BUILDING, clear_errors, wide_console
 from .logs import ignore_harmless_warnings
 from .predict import image_files
+from .run_curves import choose_metrics, draw_runs, read_runs, runs_table
 from .subjects import Subject, load_subject
 from .visualize_options import FOLDER, build_parser
 from .visualize_routes import MOST_PANELS, animate, collect_walks, draw_still
@@ -275,6 +276,15 @@ def _filters(args: argparse.Namespace) -> list[Path]:
     return [out]
 
 
+def _runs(args: argparse.Namespace) -> list[Path]:
+    runs = read_runs(args.runs, args.names)
+    metrics = choose_metrics(runs, args.metrics)
+    out = check_output(args.out or FOLDER / f"{Path(runs[0].name).name}_runs.png")
+    draw_runs(runs, metrics, out, args.title, args.dpi)
+    wide_console().print(runs_table(runs, metrics))
+    return [out]
+
+
 COMMANDS: dict[str, Any] = {
     "scan": _scan,
     "erf": _erf,
@@ -282,4 +292,5 @@ COMMANDS: dict[str, Any] = {
     "activation": _activation,
     "attn": _attn,
     "filters": _filters,
+    "runs": _runs,
 }

@@ -29,6 +29,8 @@ EXAMPLES = {
   visualize.py attn noncausal_ssd --grid 14 14 --query 0.5 0.25  a strategy alone, with random weights and tokens""",
     "filters": """  visualize.py filters vmamba_tiny_s1l8 --checkpoint FILE
   visualize.py filters vcmamba_micro --layers 'stages.0.*' --most 100""",
+    "runs": """  visualize.py runs work_dirs/vim_tiny_arrows work_dirs/vssd_tiny_arrows
+  visualize.py runs work_dirs/a work_dirs/b --names 'rate 1e-3' 'rate 1e-4' --metrics top1 cross_entropy""",
 }
 
 
@@ -54,9 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         sub.add_argument("--out", metavar="FILE", help=f"picture to write (default: {FOLDER}/NAME_{name}.png)")
         sub.add_argument("--dpi", type=_positive, default=110, help="resolution of a png (default: %(default)s)")
+        return sub
+
+    def add_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--options", nargs="+", action=DictAction, metavar="KEY=VALUE", default={},
                          help="keywords of the model, such as scan=plstm, or of the scan or routes")  # fmt: skip
-        return sub
 
     def add_model(sub: argparse.ArgumentParser, images: str | None, name: str = "MODEL") -> None:
         sub.add_argument("model", metavar=name, help="name of a model (see list_models.py) or a config"
@@ -68,9 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--whole", action="store_true", help="whole images at their own ratio, not a crop")
         sub.add_argument("--checkpoint", metavar="FILE", help="weights, official, ours or of a training run")
         sub.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+        add_options(sub)
 
     scan = add("scan", "routes of a route family, of a scan strategy or of a model, still or animated")
     scan.add_argument("name", metavar="NAME", help="route family, scan strategy or model")
+    add_options(scan)
     scan.add_argument("--kind", choices=("routes", "scan", "model"), help="of NAME, where several have that name")
     scan.add_argument("--grid", type=_positive, nargs=2, default=[6, 8], metavar=("ROWS", "COLUMNS"),
                       help="cells (default: %(default)s)")  # fmt: skip
@@ -109,4 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(filters, None)
     filters.add_argument("--layers", nargs="+", default=(), metavar="PATTERN", help="names (default: one per stage)")
     filters.add_argument("--most", type=_positive, default=64, help="kernels of a layer (default: %(default)s)")
+
+    runs = add("runs", "training loss and metrics of several training runs, side by side")
+    runs.add_argument("runs", nargs="+", metavar="WORK_DIR", help="work dir of a run, or its history.json")
+    runs.add_argument("--names", nargs="+", help="of the runs, in their order (default: names of the folders)")
+    runs.add_argument("--metrics", nargs="+", help="of validations (default: the main one, on every set it has)")
+    runs.add_argument("--title", default="", help="above the picture (default: none)")
     return parser
