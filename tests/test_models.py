@@ -276,7 +276,7 @@ def test_names_and_patterns():
         (lambda: vision_ssm.create_model("vmamba_micro", num_classes=-1), ValueError, "num_classes must be 0"),
         (lambda: vision_ssm.create_model("vmamba_micro", out_indices=(0,)), ValueError, "out_indices needs features_only=True"),
         (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=(4,)), ValueError, r"different stages in 0..3, got \(4,\)"),
-        (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=2), TypeError, "sequence of stage numbers"),
+        (lambda: vision_ssm.create_model("vmamba_micro", features_only=True, out_indices=2), TypeError, "a sequence of"),
         (lambda: vision_ssm.create_model("vmamba_micro", pretrained=True), ValueError, "no official weights are published"),
         (lambda: vision_ssm.create_model("vmamba_micro", in_chans=0), ValueError, "in_chans must be 1 or more, got 0"),
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 1, 64, 64)), ValueError, r"takes images \(B, 3, H, W\), got \(1, 1, 64, 64\)"),

@@ -101,10 +101,14 @@ def create_model(
         A `Backbone` or a `UNet`.
 
     Raises:
-        KeyError: unknown name or tag. TypeError: unknown keyword. All say what is known.
-        ValueError: weights that are not published. DownloadError: weights that cannot be downloaded.
+        KeyError: unknown name or tag. TypeError: unknown keyword, or a value of another type than it takes. All say
+            what is known.
+        ValueError: a size below 1, a rate outside of 0 to 1, or weights that are not published.
+        DownloadError: weights that cannot be downloaded.
         FileNotFoundError, CheckpointError: `pretrained` or `encoder_weights` cannot be read or does not fit.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is that of a model, such as 'vmamba_tiny_s1l8', got {name!r}")
     variant, tag = split_tag(name)
     cls = find_any(variant)
     settings = dict(overrides, num_classes=num_classes, features_only=features_only, out_indices=out_indices)

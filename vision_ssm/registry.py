@@ -12,6 +12,8 @@ from typing import Any
 from mmengine import registry as root
 from mmengine.registry import Registry
 
+from .arguments import check_values
+
 SCOPE = "vision_ssm"
 
 ROUTES = Registry("route", scope=SCOPE, locations=["vision_ssm.scans"])
@@ -80,7 +82,8 @@ def lookup(registry: Registry, name: str) -> Any:
 def build(registry: Registry, spec: str | dict, *args: Any, **defaults: Any) -> Any:
     """Build an entry of `registry` from its name or from ``dict(type=name, **keywords)``.
 
-    Keywords in `spec` win over `defaults`. Unknown names and keywords raise with suggestions.
+    Keywords in `spec` win over `defaults`. Unknown names and keywords raise with suggestions, as do values of another
+    type than their annotation.
     """
     if isinstance(spec, str):
         spec = {"type": spec}
@@ -89,5 +92,8 @@ def build(registry: Registry, spec: str | dict, *args: Any, **defaults: Any) -> 
     keywords = {**defaults, **{key: value for key, value in spec.items() if key != "type"}}
     entry = lookup(registry, spec["type"]) if isinstance(spec["type"], str) else spec["type"]
     target = entry.__init__ if inspect.isclass(entry) else entry
-    check_keywords(target, keywords, f"{registry.name} {spec['type']!r}")
+    name = f"{registry.name} {spec['type']!r}"
+    check_keywords(target, keywords, name)
+    positional = [key for key in inspect.signature(entry).parameters][: len(args)]
+    check_values([target], {**dict(zip(positional, args, strict=True)), **keywords}, name)
     return entry(*args, **keywords)

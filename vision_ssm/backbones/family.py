@@ -8,6 +8,7 @@ import torch
 from mmengine.registry import Registry
 from torch import nn
 
+from ..arguments import check_values
 from ..registry import BACKBONES, suggest
 
 _Model = TypeVar("_Model", bound="ModelFamily")
@@ -127,18 +128,27 @@ class ModelFamily(nn.Module):
     def keywords(cls) -> list[str]:
         """Keywords of the family's constructor, those of its base classes included."""
         names: list[str] = []
-        for base in cls.registered().__mro__:
-            if issubclass(base, ModelFamily) and "__init__" in vars(base):
-                parameters = inspect.signature(base.__init__).parameters.values()
-                names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        for constructor in cls._constructors():
+            parameters = inspect.signature(constructor).parameters.values()
+            names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         return list(dict.fromkeys(names))
 
     @classmethod
+    def _constructors(cls) -> list[Callable]:
+        bases = [base for base in cls.registered().__mro__ if issubclass(base, ModelFamily)]
+        return [vars(base)["__init__"] for base in bases if "__init__" in vars(base)]
+
+    @classmethod
     def variant_settings(cls, name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-        """Constructor keywords of variant `name` with some replaced; a `scan` may replace some options only."""
+        """Constructor keywords of variant `name` with some replaced; a `scan` may replace some options only.
+
+        Raises:
+            TypeError, ValueError: a value that its keyword does not take.
+        """
         settings = {**cls.variants[name], **overrides}
         if overrides.get("scan") is not None:
             settings["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
+        check_values(cls._constructors(), overrides, name)
         return settings
 
     def take_name(self, name: str, tag: str = "") -> None:

@@ -56,6 +56,8 @@ class CausalConv1d(nn.Conv1d):
     """
 
     def __init__(self, dim: int, width: int = 4, bias: bool = True, act: str = "silu", reverse: bool = False):
+        if width < 1:
+            raise ValueError(f"a causal convolution has 1 tap or more, got {width}")
         super().__init__(dim, dim, width, groups=dim, bias=bias)
         self.reverse = reverse
         self.fused_act = _FUSED_ACTIVATIONS[act]

@@ -198,7 +198,7 @@ class ContinuousScan(nn.Module):
         inner = int(expand * dim)
         if inner < 1:
             raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")
-        if conv_kernel % 2 == 0:
+        if conv_kernel < 1 or conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel must be odd, so that the map keeps its size; got {conv_kernel}")
         self.gate = gate
         self.in_proj = _projection(projection, dim, 2 * inner if gate else inner, bias)

@@ -184,7 +184,7 @@ class WindowedScan(nn.Module):
     ):
         super().__init__()
         inner = _inner_width(dim, expand)
-        if conv_kernel % 2 == 0:
+        if conv_kernel < 1 or conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel must be odd, so that the map keeps its size, got {conv_kernel}")
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.conv = DepthwiseConv2d(inner, conv_kernel, bias=conv_bias, act="silu")
