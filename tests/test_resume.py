@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from engine_support import EXACT, ITERATIONS, differences, runs_are_exact, small_config
 from mmengine.hooks import Hook
 
@@ -117,6 +118,31 @@ def test_nothing_to_resume_starts_from_the_beginning(data, tmp_path):
     assert read_training(tmp_path / "epoch_1.pth")["meta"]["iter"] == ITERATIONS
     log = next(tmp_path.rglob("*.log")).read_text()
     assert f"Nothing to resume in {tmp_path}: starting from the beginning." in log
+
+
+@runs_are_exact
+def test_a_resume_needs_no_pretrained_weights(data, tmp_path):
+    """They were the beginning; all weights are in the checkpoint, and their file may be gone."""
+    file = tmp_path / "start.pth"
+    cfg = small_config(data, tmp_path / "run", 2)
+    classifier = Runner.from_cfg(small_config(data, tmp_path / "other", 1)).bare_model
+    torch.save({"state_dict": classifier.backbone.state_dict()}, file)
+    cfg.model.update(pretrained=str(file), reset_head=True)
+    Runner.from_cfg(cfg).train()
+    unbroken = read_training(tmp_path / "run" / "epoch_2.pth")
+    (tmp_path / "run" / "epoch_2.pth").unlink()
+    (tmp_path / "run" / "last_checkpoint").unlink()
+    file.unlink()
+    cfg.resume = True
+    runner = Runner.from_cfg(cfg)
+    assert runner.cfg.model.pretrained == str(file)  # the config of the run stays what it was
+    runner.train()
+    ended = read_training(tmp_path / "run" / "epoch_2.pth")
+    assert differences(ended["state_dict"], unbroken["state_dict"]) == []
+    for leftover in (tmp_path / "run").glob("epoch_*.pth"):
+        leftover.unlink()
+    with pytest.raises(FileNotFoundError, match="no weight file .*start.pth for vmamba_micro"):  # nothing to resume
+        Runner.from_cfg(cfg)
 
 
 def test_resume_from_another_config_names_what_differs(data, unbroken, tmp_path):

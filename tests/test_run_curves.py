@@ -65,7 +65,9 @@ def test_the_main_metric_is_drawn_on_every_set(runs):
     assert choose_metrics(found, ["cross_entropy"]) == ["cross_entropy"]
     medical = Run("unet", [dict(epoch=1, train_loss=1.0, val_hd95=3.0, val_dice=0.5)])
     assert choose_metrics([medical]) == ["dice"]
-    assert choose_metrics([Run("other", [dict(epoch=1, val_AP=0.5)])]) == ["AP"]
+    detector = dict(epoch=1, val_loss=1.0) | {"val_coco/bbox_mAP_50": 0.7, "val_coco/bbox_mAP": 0.5}
+    assert choose_metrics([Run("detector", [detector])]) == ["coco/bbox_mAP"]
+    assert choose_metrics([Run("other", [dict(epoch=1, val_R2=0.5)])]) == ["R2"]
     assert choose_metrics([Run("untested", [dict(epoch=1, train_loss=1.0)])]) == []
     with pytest.raises(UsageError, match="no run has top5; their validations have top1, cross_entropy, 384/top1"):
         choose_metrics(found, ["top5"])

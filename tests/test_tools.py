@@ -136,6 +136,13 @@ def test_list_models(capsys):
     assert commands.list_models_command(["*unet_*micro"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in list_unets("*unet_*micro")) and "574,795" in printed
+    assert commands.list_models_command(["v*m*_micro", "--num-classes", "0"]) == 0
+    printed = capsys.readouterr().out
+    backbone = sum(parameter.numel() for parameter in create_model("vim_micro", num_classes=0).parameters())
+    assert f"{backbone:,}" in printed and "574,795" in printed  # a U-Net as it is published
+    with pytest.raises(SystemExit):
+        commands.list_models_command(["vim_micro", "--num-classes", "-1"])
+    assert "num_classes must be 0 (no classifier) or more, got -1" in capsys.readouterr().err
     assert commands.list_models_command(["spatialmamba_*", "--pretrained"]) == 0
     printed = capsys.readouterr().out
     assert "spatialmamba_tiny" in printed and "page" in printed and "spatialmamba_micro" not in printed

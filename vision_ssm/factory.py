@@ -128,23 +128,27 @@ def create_model(
         with torch.device("meta"):
             build_variant(cls, variant, **settings)  # nothing is downloaded for a model that cannot be built
     weights = find_weights(cls, variant, tag, pretrained, cache_dir)
-    encoder_file = _encoder_file(cls, variant, encoder_weights, cache_dir)
+    encoder = encoder_file(cls, variant, encoder_weights, cache_dir)
     model = build_variant(cls, variant, **settings)
     if weights.tag:
         model.take_name(variant, weights.tag)
     weights.load(model, reset_head)
-    if encoder_file is not None:
-        load_encoder(model, encoder_file)
+    if encoder is not None:
+        load_encoder(model, encoder)
     return model
 
 
-def _encoder_file(
+def encoder_file(
     cls: type[ModelFamily],
     name: str,
     encoder_weights: bool | str | os.PathLike | None,
-    cache_dir: str | os.PathLike | None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> str | os.PathLike | None:
-    """File of the weights for the encoder of U-Net `name`; the published ones are fetched."""
+    """File of the weights for the encoder of U-Net `name`; with True the published ones, which are fetched.
+
+    Raises:
+        ValueError: none are published. DownloadError: they cannot be downloaded.
+    """
     if encoder_weights is not True:
         return encoder_weights or None
     backbone = cls.published.get(name, {}).get("encoder_weights")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 
 from vision_ssm.weights import CheckpointError, read_checkpoint
@@ -94,6 +95,11 @@ def saved_checkpoints(work_dir: str | Path) -> list[Path]:
     """Checkpoints of a run that can be resumed from, newest first."""
     files = {file for pattern in PATTERNS for file in Path(work_dir).glob(pattern)}
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
+
+
+def continues(cfg: Config) -> bool:
+    """Whether a run of `cfg` goes on from a checkpoint, and so needs no weights to begin with."""
+    return bool(cfg.get("resume") and (cfg.get("load_from") or saved_checkpoints(cfg.work_dir)))
 
 
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path, dict[str, Any]] | None:

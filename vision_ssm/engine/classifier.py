@@ -15,6 +15,7 @@ from vision_ssm.registry import MODELS, check_keywords, suggest
 
 from .distillation import Distillation, check_distillation
 from .graphs import GraphedCall
+from .official import find_pretrained
 from .timm_models import create_classifier, load_classifier
 
 LOSSES = {
@@ -94,8 +95,9 @@ class ImageClassifier(BaseModel):
         loss: ``dict(type=...)``: CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy or
             BinaryCrossEntropy with their keywords. Mixed batches have soft targets and need one that takes them.
         mixup: keywords of `timm.data.Mixup`, or None.
-        pretrained: weight file for the backbone (official or ours). If it was trained for another number of classes,
-            this is an error unless `reset_head` is set.
+        pretrained: weights for the backbone: a file (official or ours), True for the published ones, which are
+            downloaded once, or the tag of one of several. If they were trained for another number of classes, this is
+            an error unless `reset_head` is set.
         reset_head: keep the freshly initialised head instead of the one of `pretrained`.
         cuda_graphs: run the backbone through CUDA graphs in mode ``loss`` of training (see `GraphedCall`). Needs a
             CUDA device and an optimizer step after every iteration; the Runner refuses what does not fit.
@@ -110,7 +112,7 @@ class ImageClassifier(BaseModel):
         num_classes: int,
         loss: dict,
         mixup: dict | None = None,
-        pretrained: str | None = None,
+        pretrained: bool | str | None = None,
         reset_head: bool = False,
         cuda_graphs: bool = False,
         distillation: dict | None = None,
@@ -123,15 +125,19 @@ class ImageClassifier(BaseModel):
             )
         if mixup is None and loss.get("type") == "SoftTargetCrossEntropy":
             raise ValueError("SoftTargetCrossEntropy needs soft targets: set mixup=dict(...) or use another loss")
-        if reset_head and pretrained is None:
-            raise ValueError("reset_head=True says what to do with pretrained weights; set pretrained=FILE as well")
+        if reset_head and not pretrained:
+            raise ValueError(
+                "reset_head=True says what to do with pretrained weights; set pretrained=FILE, or True, as well"
+            )
         arguments = dict(backbone)
         if "name" not in arguments:
             raise ValueError("backbone needs the name of a model: backbone=dict(name=...)")
         self.num_classes = num_classes
-        self.backbone: Any = create_classifier(arguments.pop("name"), num_classes, **arguments)
-        if pretrained is not None:
-            report = load_classifier(self.backbone, pretrained, reset_head, adapt_input=True)
+        name = arguments.pop("name")
+        self.backbone: Any = create_classifier(name, num_classes, **arguments)
+        if pretrained:
+            file, ema = find_pretrained(self.backbone, name, pretrained)
+            report = load_classifier(self.backbone, file, reset_head, adapt_input=True, ema=ema)
             print_log(f"Pretrained weights: {report}", logger="current")
         self.loss = build_loss(loss)
         self.graphed = GraphedCall(self.backbone) if cuda_graphs else None

@@ -15,8 +15,10 @@ from vision_ssm.analysis.pictures import check_place
 from vision_ssm.backbones.family import points_to_file
 from vision_ssm.factory import create_model, find_any, list_models, list_unets
 from vision_ssm.registry import SCANS, suggest
+from vision_ssm.unets.base import UNet
 from vision_ssm.weights import load_weights, read_checkpoint
 
+from .checkpoint import continues
 from .classifier import ImageClassifier
 from .config import (
     UsageError,
@@ -91,7 +93,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     ignore_harmless_warnings()
     with clear_errors(BUILDING):
         cfg = prepare_training(args)
-        check_dense(cfg, ("train_dataloader", "val_dataloader"), training=True)
+        check_dense(cfg, ("train_dataloader", "val_dataloader"), training=not continues(cfg))
         runner = Runner.from_cfg(cfg)
         if not cfg.get("resume") and (Path(cfg.work_dir) / "last_checkpoint").exists():
             runner.logger.warning(
@@ -278,8 +280,9 @@ def list_models_command(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, for example 'vmamba_*'")
     parser.add_argument(
-        "--num-classes", type=int, help="classes of the counted models (default 1000, of a U-Net as it is published)"
-    )
+        "--num-classes", type=int,
+        help="classes of the counted models, 0: no classifier (default 1000; a U-Net, also for 0, as published)",
+    )  # fmt: skip
     parser.add_argument("--pretrained", action="store_true", help="only models with official weights")
     args = parser.parse_args(argv)
     names = [*list_models(args.pattern), *list_unets(args.pattern)]
@@ -297,8 +300,10 @@ def list_models_command(argv: Sequence[str] | None = None) -> int:
     table = Table(*columns, title=f"{len(names)} models")
     for name in names:
         family = find_any(name)
-        with torch.device("meta"):
-            model = create_model(name, num_classes=args.num_classes)
+        # 0 leaves the classifier of a backbone out; a U-Net has nothing else
+        classes = (args.num_classes or None) if issubclass(family, UNet) else args.num_classes
+        with torch.device("meta"), clear_errors((ValueError,)):
+            model = create_model(name, num_classes=classes)
         count = sum(parameter.numel() for parameter in model.parameters())
         mixers = [module.mixer for module in model.modules() if getattr(module, "mixer", None) is not None]
         scans = sorted({describe_scan(mixer) for mixer in mixers})

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from vision_ssm.download import DownloadError
 from vision_ssm.integrations.export_checks import ExportError
 from vision_ssm.integrations.packages import PackageConflictError
 from vision_ssm.weights import CheckpointError
@@ -17,7 +18,9 @@ from .hooks import NonFiniteError
 
 PIPE_WIDTH = 240
 TRACEBACK = "VISION_SSM_TRACEBACK"
-EXPECTED = (UsageError, CheckpointError, NonFiniteError, PackageConflictError, ExportError, FileNotFoundError)
+EXPECTED = (
+    UsageError, CheckpointError, DownloadError, NonFiniteError, PackageConflictError, ExportError, FileNotFoundError,
+)  # fmt: skip
 # What is wrong with a config shows when it is built, as one of these.
 BUILDING = (*EXPECTED, ValueError, TypeError, KeyError, OSError)
 

@@ -67,7 +67,7 @@ def check_dense(cfg: Config, loaders: Sequence[str], training: bool = False) -> 
     Args:
         cfg: the config.
         loaders: names of the loaders whose data is wanted.
-        training: also look for the file of pretrained weights.
+        training: also look for the file of pretrained weights, which a run begins with.
 
     Raises:
         KeyError, TypeError, ValueError: a misspelt backbone, variant or keyword, or heads whose ``in_channels`` do not

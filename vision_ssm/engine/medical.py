@@ -20,6 +20,7 @@ from vision_ssm.unets import load_encoder
 
 from .medical_inference import keep_largest, predict_volume
 from .medical_losses import SegmentationLoss
+from .official import find_pretrained
 
 MODES = ("tensor", "loss", "predict")
 INFERENCE = ("size", "window", "overlap", "flips", "batch", "amp")
@@ -97,7 +98,8 @@ class MedicalSegmentor(BaseModel):
         normalize: keywords of `IntensityScale`, or None.
         inference: how volumes are predicted: ``size``, ``window``, ``overlap``, ``flips``, ``batch`` and ``amp`` of
             `predict_volume`, and ``keep_largest``: True or labels whose largest connected part alone is kept.
-        pretrained: weight file of a classifier for the encoder (official or ours).
+        pretrained: weights of a classifier for the encoder: a file (official or ours), or True for the published ones,
+            which are downloaded once.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class MedicalSegmentor(BaseModel):
         loss: Mapping[str, Any],
         normalize: Mapping[str, Any] | None = None,
         inference: Mapping[str, Any] | None = None,
-        pretrained: str | None = None,
+        pretrained: bool | str | None = None,
     ) -> None:
         arguments = dict(unet)
         if "name" not in arguments:
@@ -120,9 +122,11 @@ class MedicalSegmentor(BaseModel):
             scale = IntensityScale(**normalize)
         super().__init__(data_preprocessor=MedicalBatch(num_classes, scale))
         self.num_classes = num_classes
-        self.unet = create_model(arguments.pop("name"), num_classes=num_classes, **arguments)
-        if pretrained is not None:
-            report = load_encoder(self.unet, pretrained, verbose=False)
+        name = arguments.pop("name")
+        self.unet = create_model(name, num_classes=num_classes, **arguments)
+        if pretrained:
+            file, _ = find_pretrained(self.unet, name, pretrained)
+            report = load_encoder(self.unet, file, verbose=False)
             print_log(f"Pretrained weights of the encoder: {report}", logger="current")
         check_keywords(SegmentationLoss.__init__, loss, "loss")
         self.loss = SegmentationLoss(**loss)

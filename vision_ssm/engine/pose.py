@@ -25,6 +25,7 @@ from vision_ssm.registry import MODELS, suggest
 from vision_ssm.weights import CheckpointError, LoadReport, load_weights, read_checkpoint, unwrap
 
 from .config import UsageError, checked_device
+from .official import find_pretrained
 from .pose_figures import draw_pose_grid
 from .whole_model import load_whole_model
 
@@ -124,7 +125,8 @@ class TopDownPose(BaseModel):
             give one map: ``out_indices=(3,)`` chooses the last of four.
         keypoints: see `KeypointSet.build`; COCO's person by default.
         deconv_channels: widths of the head's transposed convolutions, each doubling the resolution; () for none.
-        pretrained: weight file for the backbone (official or ours).
+        pretrained: weights for the backbone: a file (official or ours), True for the published ones, which are
+            downloaded once, or the tag of one of several.
         flip_test: average with the mirrored image's maps in evaluation.
         shift_heatmap: move the mirrored maps one pixel to the right before that. Map pixel i stands for input pixel
             ``i * stride``, so the maps of an image and of its mirror image are nearly one pixel out of line.
@@ -138,7 +140,7 @@ class TopDownPose(BaseModel):
         backbone: dict,
         keypoints: KeypointSet | Mapping[str, Any] | None = None,
         deconv_channels: Sequence[int] = (),
-        pretrained: str | None = None,
+        pretrained: bool | str | None = None,
         flip_test: bool = True,
         shift_heatmap: bool = True,
     ) -> None:
@@ -165,8 +167,9 @@ class TopDownPose(BaseModel):
                 "than the image: leave some of deconv_channels out"
             )
         self.stride = info[0]["reduction"] // 2 ** len(deconv_channels)
-        if pretrained is not None:
-            report = load_weights(self.backbone, pretrained, verbose=False)
+        if pretrained:
+            file, ema = find_pretrained(self.backbone, name, pretrained)
+            report = load_weights(self.backbone, file, ema=ema, adapt_input=True, verbose=False)
             print_log(f"Pretrained weights: {report}", logger="current")
         self.head = HeatmapHead(info[0]["num_chs"], len(self.keypoints), deconv_channels)
         self.flip_test = flip_test

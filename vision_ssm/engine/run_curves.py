@@ -18,7 +18,7 @@ HISTORY = "history.json"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2933")
 STYLES = ("solid", "dashed", "dotted")
 MOST_RUNS = len(COLORS) * len(STYLES)
-MAIN_METRICS = ("top1", "dice")
+MAIN_METRICS = ("top1", "dice", "mIoU", "bbox_mAP", "AP")  # of each task
 LOWER_IS_BETTER = ("cross_entropy", "loss", "hd95", "asd")
 
 
@@ -70,8 +70,7 @@ def _history(place: Path) -> Path:
     if not file.is_file():
         reason = f"has no {HISTORY}" if place.is_dir() else "is no file and no folder"
         raise FileNotFoundError(
-            f"{place} {reason}; name the work dir of a run with RecordHook (configs of classification, arrows and "
-            "medical have it), after its first validation"
+            f"{place} {reason}; name the work dir of a run that has been validated once"
         )
     return file
 

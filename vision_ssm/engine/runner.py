@@ -31,6 +31,7 @@ from vision_ssm.weights import CheckpointError, unwrap
 from . import logs
 from .checkpoint import (
     FORMAT,
+    continues,
     fingerprint,
     fingerprint_differences,
     is_training_state,
@@ -127,6 +128,12 @@ class Runner(mmengine.runner.Runner):
                 f"torch {record['torch']}, {', '.join(record['gpus']) or 'CPU'}, {self.world_size} process(es), "
                 f"seed {self.seed}, git {record['git']}; details in {Path(self.work_dir) / 'environment.json'}"
             )
+
+    def build_model(self, model: nn.Module | dict) -> nn.Module:
+        """As in mmengine; a run that goes on from a checkpoint needs no pretrained weights, whose file may be gone."""
+        if isinstance(model, dict) and continues(self.cfg):
+            model = _without_pretrained(model)
+        return super().build_model(model)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         if self.distributed and not torch.cuda.is_available():
@@ -462,6 +469,18 @@ class Runner(mmengine.runner.Runner):
 
     def get_hooks_info(self) -> str:
         return "  " + ", ".join(type(hook).__name__ for hook in self.hooks)
+
+
+def _without_pretrained(model: dict) -> dict:
+    """The config of a model whose weights all come from a checkpoint."""
+    nothing = dict(pretrained=None, reset_head=False)
+    model = {**model, **{key: value for key, value in nothing.items() if key in model}}
+    backbone = model.get("backbone")
+    if isinstance(backbone, dict):
+        start = backbone.get("init_cfg")
+        if isinstance(start, dict) and start.get("type") == "Pretrained":
+            model["backbone"] = {**backbone, "init_cfg": None}
+    return model
 
 
 def _to_cpu(state: dict) -> dict:

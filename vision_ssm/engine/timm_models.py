@@ -46,6 +46,7 @@ def load_classifier(
     reset_head: bool = False,
     called: str | None = None,
     adapt_input: bool = False,
+    ema: bool | None = None,
 ) -> str:
     """Load a weight file into a model of `create_classifier`.
 
@@ -55,6 +56,8 @@ def load_classifier(
         reset_head: keep the fresh classifier of `model` where the file's has another number of classes.
         called: how an error calls a model that is not ours; by default, by its class.
         adapt_input: make the first convolution, of images of 3 channels in the file, one for a model of ours.
+        ema: whether averaged weights are wanted where a file for a model of ours has both; None: as `load_weights`
+            decides.
 
     Returns:
         A report in words.
@@ -64,7 +67,7 @@ def load_classifier(
     """
     if isinstance(model, ModelFamily):
         options: dict[str, bool] = dict(reset_head=reset_head, adapt_input=adapt_input, verbose=False)
-        return str(load_weights(model, file, **options))
+        return str(load_weights(model, file, ema=ema, **options))
     tensors = unwrap(read_checkpoint(file), str(file))
     dropped = _other_classifier(model, tensors) if reset_head else []
     kept = {key: value for key, value in tensors.items() if key not in dropped}
