@@ -325,10 +325,10 @@ def test_models_from_the_net(server, tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match="unknown stem"):
             vision_ssm.create_model("vmamba_micro", pretrained=True, stem="convs", cache_dir=tmp_path / "other")
         assert not (tmp_path / "other").exists(), "nothing is downloaded for a model that cannot be built"
-        plain = vision_ssm.unets.encoder_unet.EncoderUNet
-        monkeypatch.setattr(plain, "published", {"encoder_unet_micro": dict(encoder_weights="vmamba_micro")})
-        unet = vision_ssm.create_model("encoder_unet_micro", encoder_weights=True, cache_dir=tmp_path / "third")
-        assert torch.equal(unet.encoder.stem.conv1.weight, model.stem.conv1.weight)
+        for encoder in ("vmamba_micro", dict(name="vmamba_micro", drop_path_rate=0.1)):
+            options = dict(encoder=encoder, encoder_weights=True, cache_dir=tmp_path / "third")
+            unet = vision_ssm.create_model("encoder_unet", **options)
+            assert torch.equal(unet.encoder.stem.conv1.weight, model.stem.conv1.weight)
         assert left(tmp_path / "third") == ["micro.pth"]
 
 

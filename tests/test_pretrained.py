@@ -64,8 +64,6 @@ def test_a_pose_model_and_an_encoder_take_them_too(cache, monkeypatch):
     pose = TopDownPose(dict(name="vmamba_micro", out_indices=(3,)), pretrained=True)
     assert (pose.backbone.stem.conv1.weight == 0.5).all()
     unet = dict(name="encoder_unet", encoder="vmamba_micro")
-    unets = vision_ssm.factory.find_any("encoder_unet")
-    monkeypatch.setitem(unets.published, "encoder_unet", dict(encoder_weights="vmamba_micro"))
     segmentor = MedicalSegmentor(unet, num_classes=2, loss={}, pretrained=True)
     assert (segmentor.unet.encoder.stem.conv1.weight == 0.5).all()
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -82,7 +83,7 @@ def test_wrong_calls(tmp_path):
     save_timm_folder(model, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     nameless = type(model)(depths=(1,), dims=8)
-    strange = vision_ssm.create_model("vmamba_micro", depths=(1, 1, torch.ones(()).int(), 1))
+    strange = vision_ssm.create_model("vmamba_micro", depths=(1, 1, np.int64(1), 1))
     with torch.device("meta"):
         empty = vision_ssm.create_model("vmamba_micro")
     for call, error, message in (

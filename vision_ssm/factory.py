@@ -2,7 +2,7 @@
 
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def create_model(
         with torch.device("meta"):
             build_variant(cls, variant, **settings)  # nothing is downloaded for a model that cannot be built
     weights = find_weights(cls, variant, tag, pretrained, cache_dir)
-    encoder = encoder_file(cls, variant, encoder_weights, cache_dir)
+    encoder = encoder_file(cls, variant, encoder_weights, overrides, cache_dir)
     model = build_variant(cls, variant, **settings)
     if weights.tag:
         model.take_name(variant, weights.tag)
@@ -142,16 +142,17 @@ def encoder_file(
     cls: type[ModelFamily],
     name: str,
     encoder_weights: bool | str | os.PathLike | None,
+    overrides: Mapping[str, Any],
     cache_dir: str | os.PathLike | None = None,
 ) -> str | os.PathLike | None:
-    """File of the weights for the encoder of U-Net `name`; with True the published ones, which are fetched.
+    """File of the weights for the encoder of U-Net `name` with `overrides`; True: the published ones are fetched.
 
     Raises:
         ValueError: none are published. DownloadError: they cannot be downloaded.
     """
     if encoder_weights is not True:
         return encoder_weights or None
-    backbone = cls.published.get(name, {}).get("encoder_weights")
+    backbone = cls.encoder_of(name, overrides) if issubclass(cls, UNet) else None
     if backbone is None:
         raise ValueError(f"encoder_weights takes a file: none are published for it (model {name})")
     return fetch_weights(find_family(backbone), backbone, cache_dir=cache_dir)

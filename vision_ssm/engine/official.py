@@ -71,8 +71,8 @@ def find_pretrained(
         cls = type(model)
         variant, tag = split_tag(name)
         if isinstance(model, UNet):
-            file = encoder_file(cls, variant, pretrained) or pretrained
-            published = "encoder_weights" in cls.published.get(variant, {})
+            file = encoder_file(cls, variant, pretrained, model.overrides) or pretrained
+            published = cls.encoder_of(variant, model.overrides) is not None
         else:
             found = find_weights(cls, variant, tag, pretrained, None)
             file, ema, published = found.file or pretrained, found.ema, bool(cls.weights_of(variant))

@@ -106,6 +106,12 @@ class UNet(ModelFamily):
         self.overrides = {}
         self.pretrained_cfg = {}
 
+    @classmethod
+    def encoder_of(cls, name: str, overrides: Mapping[str, Any]) -> str | None:
+        """The backbone whose published weights start the encoder of variant `name` with some keywords replaced."""
+        backbone: str | None = cls.published.get(name, {}).get("encoder_weights")
+        return backbone
+
     def finish(self, dims: Sequence[int], reductions: Sequence[int], head_dim: int) -> None:
         """Build the head. To be called last in a family's constructor.
 

@@ -143,6 +143,13 @@ class EncoderUNet(UNet):
         return levels
 
     @classmethod
+    def encoder_of(cls, name: str, overrides: Mapping[str, Any]) -> str | None:
+        encoder = {**cls.variants[name], **overrides}["encoder"]
+        backbone: str = encoder["name"] if isinstance(encoder, Mapping) else encoder
+        family = owner_of(backbone, BACKBONES)
+        return backbone if family is not None and family.weights_of(backbone) else None
+
+    @classmethod
     def recognises(cls, keys: set[str]) -> bool:
         ours = any(key.startswith("encoder.stages.") for key in keys) and "decoder.0.fuse.weight" in keys
         return ours and not any(key.startswith("decoder.") and ".mlp.convs." in key for key in keys)
