@@ -228,6 +228,28 @@ def test_onnx_maps_with_weights_beside(tmp_path):
     assert about["output_names"] == [f"map_{i}" for i in range(len(about["strides"]))] and about["opset"] == 20
 
 
+def test_weights_beside_a_file_are_replaced_with_it(tmp_path):
+    """FILE.data belongs to FILE: no other program's is overwritten, and no earlier one is left behind."""
+
+    def write(overwrite: bool, beside: bool) -> None:
+        with export_checks.published(tmp_path / "m.onnx", ".onnx", overwrite) as file:
+            file.write_text("new")
+            if beside:
+                file.with_name("m.onnx.data").write_text("new weights")
+
+    weights = tmp_path / "m.onnx.data"
+    weights.write_text("somebody's")
+    with pytest.raises(FileExistsError, match=r"m.onnx.data exists already; --overwrite"):
+        write(overwrite=False, beside=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx.data"] and weights.read_text() == "somebody's"
+    write(overwrite=False, beside=False)
+    assert weights.read_text() == "somebody's"
+    write(overwrite=True, beside=True)
+    assert weights.read_text() == "new weights"
+    write(overwrite=True, beside=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
+
 def compare_module(module, inputs, file):
     """Write a module to an ONNX file as models are, and compare the two for one image; returns nodes before ONNX."""
     import onnxruntime

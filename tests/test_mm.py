@@ -1,6 +1,7 @@
 """Backbones and necks under the heads of mmseg and mmdet: built, trained, frozen, checked, and everything misspelt."""
 
 import copy
+import re
 from importlib import metadata
 
 import golden_cases
@@ -592,6 +593,22 @@ def test_a_pyramid_that_leaves_out_the_finest_map():
     check_heads(retinanet(MICRO, neck))
     with pytest.raises(HeadMismatchError, match=r"set model.bbox_head.anchor_generator.strides=\[4, 8, 16, 32, 64\]"):
         check_heads(retinanet(MICRO, dict(neck, start_level=0)))
+
+
+@pytest.mark.parametrize(
+    "part,right,wrong",
+    [
+        (dict(decode_head=dict(type="Mask2FormerHead", in_channels=WIDTHS)), WIDTHS, WIDTHS[::-1]),  # takes all maps
+        (dict(neck=dict(type="YOLOV3Neck", in_channels=WIDTHS[::-1])), WIDTHS[::-1], WIDTHS),  # coarsest first
+        (dict(neck=dict(type="CTResNetNeck", in_channels=WIDTHS[-1])), WIDTHS[-1], WIDTHS[0]),  # takes the last map
+    ],
+    ids=["Mask2FormerHead", "YOLOV3Neck", "CTResNetNeck"],
+)
+def test_which_maps_other_peoples_heads_and_necks_take(part, right, wrong):
+    (place, settings), *_ = part.items()
+    check_heads(dict(backbone=MICRO, **part))
+    with pytest.raises(HeadMismatchError, match=re.escape(f"set model.{place}.in_channels={right!r}")):
+        check_heads(dict(backbone=MICRO, **{place: dict(settings, in_channels=wrong)}))
 
 
 def test_pretrained_weights_are_looked_for_before_a_training():
