@@ -149,6 +149,9 @@ def test_default_cfg_is_true(name):
         assert unpooled.shape == (features[-1] if isinstance(features, list) else features).shape
         built = timm.create_model(name, num_classes=0, global_pool="").eval()
         assert built.num_classes == 0 and built(x).shape == unpooled.shape
+    assert built.pretrained_cfg["classifier"] is None
+    built.reset_classifier(5)
+    assert built.pretrained_cfg["classifier"] == settings["classifier"]
     classifiers = settings["classifier"]
     for classifier in (classifiers,) if isinstance(classifiers, str) else classifiers:
         assert f"{classifier}.weight" in parameters

@@ -259,6 +259,7 @@ class Backbone(TimmContract):
         self.head = self.build_head(num_classes) if num_classes else nn.Identity()
         self.head.apply(self._init_weights)
         self.head.to(device=reference.device, dtype=reference.dtype).train(self.training)
+        self.name_classifier()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of keeping them."""

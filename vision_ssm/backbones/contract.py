@@ -72,11 +72,16 @@ class TimmContract(ModelFamily):
 
     def describe(self, settings: PretrainedCfg) -> None:
         """Make `settings`, and what only the built model knows of its parts, the `pretrained_cfg`."""
-        names = self.classifiers
-        classifier = names[0] if len(names) == 1 else names or None
-        own = dict(first_conv=self.first_conv, classifier=classifier, pool_size=self.pool_size(settings))
+        own = dict(first_conv=self.first_conv, pool_size=self.pool_size(settings))
         given = settings.to_dict()
         self.pretrained_cfg = given | {key: value for key, value in own.items() if given.get(key) is None}
+        self.name_classifier()
+
+    def name_classifier(self) -> None:
+        """Say in the `pretrained_cfg` of a variant what its classifier is called, if there is one."""
+        names = self.classifiers
+        if self.pretrained_cfg and self.pretrained_cfg.get("classifier") is None:
+            self.pretrained_cfg["classifier"] = names[0] if len(names) == 1 else names or None
 
     @property
     def first_conv(self) -> str | None:
