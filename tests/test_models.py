@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from timm.optim import param_groups_layer_decay
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vision_ssm
 from vision_ssm.analysis import count_macs
@@ -50,6 +51,32 @@ def is_parallel(model) -> bool:
 
 def test_every_family_has_a_micro_variant():
     assert {find_family(name).family for name in MICRO} == set(families())
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_function_transforms(name):
+    """`torch.func`: gradients as by autograd, those of single images too, and directional derivatives."""
+    torch.manual_seed(0)
+    model = vision_ssm.create_model(name, num_classes=3).double().eval()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+
+    def loss(parameters, images=x):
+        return torch.func.functional_call(model, {**parameters, **buffers}, (images,)).square().sum()
+
+    fixed = {key: value.detach() for key, value in parameters.items()}
+    found = torch.func.grad(loss)(fixed)
+    single = torch.func.vmap(torch.func.grad(loss), (None, 0))(fixed, x[:, None])
+    model(x).square().sum().backward()
+    for key, parameter in parameters.items():
+        want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found[key], want, msg=lambda text, key=key: f"{key}: {text}")
+        torch.testing.assert_close(single[key].sum(0), want, msg=lambda text, key=key: f"{key}: {text}")
+    direction = {key: torch.randn_like(value) for key, value in parameters.items()}
+    with sdpa_kernel(SDPBackend.MATH):  # the other ones of PyTorch have no tangents
+        _, slope = torch.func.jvp(loss, (parameters,), (direction,))
+    product = sum((found[key] * direction[key]).sum() for key in found)
+    torch.testing.assert_close(slope.detach(), product, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name in vision_ssm.list_models() if name not in MICRO])

@@ -167,3 +167,30 @@ def test_official_switch_strings(forward_type, expected):
 def test_unknown_official_switch_strings(forward_type):
     with pytest.raises(ValueError, match="forward_type"):
         official_scan(forward_type)
+
+
+@pytest.mark.parametrize("name", [name for name in list_scans() if name != "attention"])  # PyTorch's has no tangents
+def test_forward_mode_differentiation(name):
+    """`torch.func.jvp` gives the directional derivative, with gradients on and off, and of gradients too."""
+    torch.manual_seed(0)
+    mixer = build_scan(name, 16).double().eval()
+    x, direction = torch.randn(2, 1, 4, 5, 16, dtype=torch.double)
+    step = 1e-5
+    with torch.no_grad():
+        want = (mixer(x + step * direction) - mixer(x - step * direction)) / (2 * step)
+        _, without = torch.func.jvp(mixer, (x,), (direction,))
+    _, tangent = torch.func.jvp(mixer, (x,), (direction,))
+    torch.testing.assert_close(tangent, want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(without, want, rtol=1e-5, atol=1e-7)
+
+    def gradient(x):
+        return torch.func.grad(lambda x: mixer(x).square().sum())(x)
+
+    _, curvature = torch.func.jvp(gradient, (x,), (direction,))
+    want = (plain_gradient(mixer, x + step * direction) - plain_gradient(mixer, x - step * direction)) / (2 * step)
+    torch.testing.assert_close(curvature, want, rtol=1e-4, atol=1e-6)
+
+
+def plain_gradient(mixer, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(mixer(x).square().sum(), x)[0]

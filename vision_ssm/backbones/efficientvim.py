@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, HiddenStateHead, LayerNorm, add_norm
+from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, HiddenStateHead, LayerNorm, add_norm, channels_last
 from ..scans import build_scan
 from ..scans.hidden_state import HiddenStateMixer
 from .base import Backbone, Stage, register_family, resolve_scan
@@ -44,7 +44,7 @@ class FourConvStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / 16), ceil(W / 16), dim)."""
-        x = self.layers(x.contiguous(memory_format=torch.channels_last))
+        x = self.layers(channels_last(x))
         return x.permute(0, 2, 3, 1).contiguous()  # (B, H/16, W/16, dim)
 
 

@@ -19,7 +19,7 @@ import torch
 from timm.layers import ConvNormAct
 from torch import nn
 
-from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, PatchStem, get_norm
+from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, PatchStem, channels_last, get_norm
 from ..registry import suggest
 from ..scans.sequence import TokenLayout
 from .base import Branch, ScanBlock, add_branch, drop_path_rates, register_family, resolve_scan
@@ -48,7 +48,7 @@ class ConvPatchStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / patch_size), ceil(W / patch_size), dim)."""
-        return self.patches(self.convs(x.contiguous(memory_format=torch.channels_last)))
+        return self.patches(self.convs(channels_last(x)))
 
 
 class PlainMambaBlock(ScanBlock):

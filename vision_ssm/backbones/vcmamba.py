@@ -25,6 +25,7 @@ from ..layers import (
     DepthwiseConv2d,
     DistilledHead,
     PositionTable,
+    channels_last,
     get_activation,
     get_norm,
 )
@@ -57,7 +58,7 @@ class StridedConvStem(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / 4), ceil(W / 4), dim)."""
-        x = super().forward(x.contiguous(memory_format=torch.channels_last))
+        x = super().forward(channels_last(x))
         return x.permute(0, 2, 3, 1).contiguous()  # (B, H/4, W/4, dim)
 
 

@@ -1,7 +1,7 @@
 """Building blocks shared by every model: the only place for norms, stems, resampling, MLPs and position tables."""
 
 from .activation import get_activation
-from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d
+from .conv import CausalConv1d, ChannelLastConv2d, DepthwiseConv2d, channels_last
 from .conv_ffn import ConvMlp, MultiScaleMlp
 from .deformable import DeformableConv2d
 from .downsample import ConvDownsample, Halve, InvertedDownsample, PatchMerging
@@ -53,6 +53,7 @@ __all__ = [
     "TransposedConv2d",
     "add_norm",
     "build_mlp",
+    "channels_last",
     "depth_to_space",
     "get_activation",
     "get_norm",

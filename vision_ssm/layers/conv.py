@@ -5,9 +5,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops.depthwise_conv import depthwise_conv
+from ..ops.registration import is_transformed
 from .activation import get_activation
 
 _FUSED_ACTIVATIONS = {"identity": "none", "silu": "silu", "gelu": "gelu"}
+
+
+def channels_last(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) in the memory format of a channel-last map; as they are under `torch.func`, whose `vmap` has
+    no memory formats."""
+    return images if is_transformed() else images.contiguous(memory_format=torch.channels_last)
 
 
 class ChannelLastConv2d(nn.Conv2d):

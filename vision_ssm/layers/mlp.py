@@ -8,6 +8,7 @@ from timm.layers import Mlp as TimmMlp
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops.registration import is_transformed
 from .activation import get_activation
 from .watched import is_plain
 
@@ -38,7 +39,7 @@ class Mlp(TimmMlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (..., in_features). Returns (..., out_features)."""
         # a compiler decides by itself what to make again
-        light = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        light = torch.is_grad_enabled() and not (torch.compiler.is_compiling() or is_transformed())
         light = light and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
         if not light or (self.training and self.drop1.p > 0):
             return super().forward(x)

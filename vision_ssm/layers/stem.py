@@ -5,6 +5,7 @@ from timm.layers import ConvNormAct
 from torch import nn
 from torch.nn import functional as F
 
+from .conv import channels_last
 from .norm import add_norm, get_norm
 
 
@@ -48,7 +49,7 @@ class PatchStem(nn.Module):
             )
             if bottom or right:
                 x = F.pad(x, (0, right, 0, bottom))
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1).contiguous())  # (B, H', W', dim)
 
 
@@ -70,7 +71,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / patch_size), ceil(W / patch_size), dim)."""
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(channels_last(x))
         x = self.act(add_norm(self.norm1, x.permute(0, 2, 3, 1).contiguous())[1])  # (B, H/2, W/2, dim/2)
         x = self.conv2(x.permute(0, 3, 1, 2))
         return self.norm2(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)
@@ -94,7 +95,7 @@ class DeepConvStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / 4), ceil(W / 4), dim)."""
-        x = self.proj(self.convs(x.contiguous(memory_format=torch.channels_last)))
+        x = self.proj(self.convs(channels_last(x)))
         return self.norm(x.permute(0, 2, 3, 1).contiguous())  # (B, H/4, W/4, dim)
 
 
@@ -115,6 +116,6 @@ class ResidualConvStem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W). Returns (B, ceil(H / 4), ceil(W / 4), dim)."""
-        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv1(channels_last(x))
         x = x + self.conv2(x)
         return self.conv4(self.conv3(x)).permute(0, 2, 3, 1).contiguous()  # (B, H/4, W/4, dim)

@@ -75,11 +75,15 @@ def select_backend(tensor: Tensor, op: str) -> Backend:
         return Backend("triton", "")
     if demanded == "triton":
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but {op} cannot run on Triton: {obstacle}")
-    if tensor.is_cuda and (op, obstacle) not in _warned:
-        _warned.add((op, obstacle))
-        message = f"{op} takes the chunked PyTorch path on {tensor.device}, which is slow: {obstacle}"
-        warnings.warn(message, stacklevel=2)
+    warn_of_slow_path(tensor, op, "chunked PyTorch path", obstacle)
     return Backend("chunked", obstacle)
+
+
+def warn_of_slow_path(tensor: Tensor, op: str, path: str, reason: str) -> None:
+    """Say once per operator and reason that a tensor on a GPU takes a slow path."""
+    if tensor.is_cuda and (op, reason) not in _warned:
+        _warned.add((op, reason))
+        warnings.warn(f"{op} takes the {path} on {tensor.device}, which is slow: {reason}", stacklevel=3)
 
 
 def _triton_obstacle(tensor: Tensor, op: str) -> str | None:

@@ -11,6 +11,9 @@ An operator may also keep tensors from its forward pass for its backward pass. T
 and an implementation that keeps something has a third function, ``empty_saved(*inputs)``, which allocates those
 tensors; its ``forward`` returns them behind the outputs, and its ``backward`` takes them between the gradients and the
 inputs. They are empty, (0,), where `save` is false or the implementation keeps nothing.
+
+Under `torch.func` and forward-mode differentiation operators run the functions of `plain` instead, which are slow and
+made of PyTorch's own operators alone.
 """
 
 import contextlib
@@ -19,11 +22,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 import vision_ssm.kernels as kernels
 
-from .backend import COMPOSED, select_backend
+from .backend import COMPOSED, select_backend, warn_of_slow_path
 
 _LIBRARY = torch.library.Library("vision_ssm", "FRAGMENT")
 _replaced: dict[str, Callable[..., Any]] = {}
@@ -65,6 +69,14 @@ def _takes_gradient(value: Any) -> bool:
 def wants_gradient(*values: Any) -> bool:
     """Whether a backward pass may follow: gradients are on and some tensor of `values` asks for them."""
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward-mode differentiation follows what is computed, as a `torch.autograd.Function`
+    with a backward pass alone does not let them."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _runs_directly() -> bool:
@@ -197,6 +209,13 @@ def register_operator(
     def call(*inputs: Any) -> Any:
         if name in _replaced:
             return run(*inputs)
+        if is_transformed():
+            from .plain import OPERATORS  # not earlier, as those modules need this one
+
+            reason = "torch.func and forward-mode differentiation see through PyTorch's own operators alone"
+            warn_of_slow_path(inputs[0], name, "plain PyTorch path", reason)
+            with replaced_operators(OPERATORS):
+                return run(*inputs)
         if not _runs_directly():
             return forward(*inputs)
         return Direct.apply(*inputs) if wants_gradient(*inputs) else run(*inputs)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops.plain import add_up
-from ..ops.registration import are_replaced
+from ..ops.registration import are_replaced, is_transformed
 from ..ops.scan_2d import scan_2d
 from ..ops.ssd import ssd
 from .routes import Routes, RouteTable
@@ -69,7 +69,8 @@ class _Unpack(torch.autograd.Function):
 
 def unpack(packed: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
     """`packed` (..., P) split into parts of `sizes` along its last axis, as views."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and packed.requires_grad):
+    traced = torch.compiler.is_compiling() or is_transformed()
+    if traced or not (torch.is_grad_enabled() and packed.requires_grad):
         return packed.split(sizes, dim=-1)
     return _Unpack.apply(packed, sizes)
 
