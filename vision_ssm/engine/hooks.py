@@ -412,11 +412,13 @@ class NonFiniteHook(Hook):
         with preserved_rng(), gathered(model):
             set_rng_state(self._rng)
             cause = find_non_finite(model, self._batch, lambda: wrapper.optim_context(model))
-        elsewhere = " here and not finite in another process" if torch.isfinite(value).all() else ""
+        became = str(float(value))
+        if torch.isfinite(value).all():
+            became += " here and not finite in another process"
         rates = wrapper.get_lr()
         files = ", ".join(batch_files(self._batch)[:3])
         raise NonFiniteError(
-            f"the {what} became {float(value)}{elsewhere} in iteration {runner.iter + 1} (epoch {runner.epoch + 1}): {cause}\n"
+            f"the {what} became {became} in iteration {runner.iter + 1} (epoch {runner.epoch + 1}): {cause}\n"
             f"Precision {wrapper.precision}, lr {rates.get('base_lr', rates['lr'])[0]:.3g}; first images of the batch: "
             f"{files}\nNo weight was changed by this iteration. Usual remedies: a lower lr or a longer warm-up, "
             "gradient clipping (clip_grad), bf16 or fp32 instead of fp16. --resume continues from the last checkpoint."
