@@ -35,8 +35,8 @@ import json, sys
 import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
-from vision_ssm.engine import NonFiniteError, Runner, read_training
-from vision_ssm.engine.sharding import gathered, whole_on_cpu
+from vision_ssm.engine import NonFiniteError, ParameterGroups, Runner, read_training
+from vision_ssm.engine.sharding import OPTIMIZERS, gathered, shard, whole_on_cpu
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
@@ -69,6 +69,31 @@ image = torch.randn(2, 1, 32, 32)
 with torch.no_grad(), gathered(model.eval()):  # in one process, as often as it likes
     found["alone"] = rank == 1 or all(torch.allclose(model(image), reference(image)) for _ in range(2))
 found["split again"] = all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def stepped(split, clip, **optimizer):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    if split:
+        shard(net)
+    wrapper = ParameterGroups(dict(optimizer=dict(lr=0.05, **optimizer), clip_grad=dict(clip)))(net)
+    for _ in range(3):
+        wrapper.update_params((net(torch.linspace(-1, 1, 18).view(3, 6)) - 2).square().mean())
+    states = [list(state.values()) for state in wrapper.optimizer.state_dict()["state"].values()]
+    return whole_on_cpu([*net.state_dict().values(), *states])
+
+
+def alike(first, second):
+    if isinstance(first, torch.Tensor):
+        return torch.allclose(first, second, atol=1e-6)
+    return first == second if first is None or isinstance(first, (int, float)) else all(map(alike, first, second))
+
+
+by_norm, by_value = dict(max_norm=0.1), dict(type="value", clip_value=0.01)
+momentum = dict(sgd=dict(momentum=0.9))
+cases = [(by_norm, dict(type=name, weight_decay=0.1, **momentum.get(name, {}))) for name in OPTIMIZERS]
+cases += [(by_value, dict(type="AdamW")), (by_norm, dict(type="AdamW", fused=True)), (by_norm, dict(type="SGD", momentum=0.9))]
+found["optimizers"] = [o for clip, o in cases if not alike(stepped(False, clip, **o), stepped(True, clip, **o))]
 
 
 def spoil(_, inputs, output):
@@ -212,6 +237,7 @@ def test_inside_of_the_processes(runs):
     for process in found:
         assert process["sharded"] and process["loaded"] and process["alone"] and process["split again"]
         assert process["loss changed nothing"] and process["gradient changed nothing"]
+        assert process["optimizers"] == []  # that do something else with parts
         whole, part = process["numbers"]
         assert abs(part / whole - 0.5) < 0.05
     assert sum(process["numbers"][1] for process in found) == found[0]["numbers"][0]

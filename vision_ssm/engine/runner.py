@@ -157,6 +157,8 @@ class Runner(mmengine.runner.Runner):
                 self.logger.warning("sync_bn has no effect: PyTorch has no synchronised batch norm for CPUs")
         if self.cfg.get("fsdp"):
             return model.to(get_device())  # split by build_training, once its weights are initialised
+        if not self.distributed or sync_bn is None:
+            return super().wrap_model(model_wrapper_cfg, model)
         self.cfg.sync_bn = None  # the conversion of mmengine is not for channel-last norms
         try:
             return super().wrap_model(model_wrapper_cfg, model)
@@ -367,7 +369,9 @@ class Runner(mmengine.runner.Runner):
                 "Learning rates, weight decay and schedules go on as in the checkpoint."
             )
         self._load_weights(checkpoint, filename)
-        optimizer = split_optimizer_state(checkpoint["optimizer"], self.optim_wrapper.optimizer)
+        optimizer = checkpoint["optimizer"]
+        if is_sharded(self.model):
+            optimizer = split_optimizer_state(optimizer, self.optim_wrapper.optimizer)
         self.optim_wrapper.load_state_dict(optimizer)
         saved = checkpoint.get("param_schedulers", [])
         for scheduler, state in zip(self.param_schedulers or [], saved, strict=not differences):
@@ -405,6 +409,7 @@ class Runner(mmengine.runner.Runner):
         if self.cfg.get("fsdp") and not is_sharded(self.model):
             super()._init_model_weights()
             shard(self.model)
+            self.logger.info(f"FSDP: {self.world_size} processes share parameters, gradients and optimizer states")
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._prepare_graphs()
         self._prepare_teacher()

@@ -39,7 +39,7 @@ def check_sharding(cfg: Any, distributed: bool) -> None:
             "there is one process, whose parameters nobody shares: start several with torchrun --nproc_per_node=N "
             "tools/train.py CONFIG --fsdp --launcher pytorch"
         )
-    if cfg.model.get("cuda_graphs"):
+    if isinstance(cfg.get("model"), Mapping) and cfg.model.get("cuda_graphs"):
         problems.append(
             "the config sets model.cuda_graphs: a recording cannot hold the communication before every block"
         )
@@ -53,6 +53,9 @@ def check_sharding(cfg: Any, distributed: bool) -> None:
             "of the backbone"
         )
     wrapper = cfg.get("optim_wrapper") or {}
+    if not isinstance(wrapper, Mapping):
+        problems.append("the optimizer is an object, which steps whole parameters: give the config of optim_wrapper")
+        wrapper = {}
     if wrapper.get("precision") == "fp16" or wrapper.get("type") == "AmpOptimWrapper":
         problems.append(
             "the loss is scaled for fp16, and processes would not agree on the scale: use bf16 (--amp bf16, "
@@ -96,7 +99,8 @@ def shard(model: nn.Module) -> None:
 
     Blocks gather their weights before their forward and backward pass and drop them after it; everything else does so
     with the whole model, which must therefore be called as a module in training. ``load_state_dict`` goes on taking
-    whole weights.
+    whole weights. Gradients are means over the processes, as in DDP. What autocast makes of the weights of a block
+    lives until its backward pass, unless the block is recomputed there.
 
     Args:
         model: on the device of training, with the same weights in every process.
@@ -233,7 +237,7 @@ class ShardedEMAHook(EMAHook):
     """
 
     def before_run(self, runner: Any) -> None:
-        self.src_model = runner.model
+        self.src_model = runner.bare_model
         # A sharded model cannot be copied; of the average, only its tensors are ever used.
         self.ema_model = MODELS.build(self.ema_cfg, default_args=dict(model=_tensors_of(self.src_model)))
         _take_whole_weights(self.ema_model)
