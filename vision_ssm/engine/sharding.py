@@ -58,7 +58,7 @@ def check_sharding(cfg: Any, distributed: bool) -> None:
         wrapper = {}
     if wrapper.get("precision") == "fp16" or wrapper.get("type") == "AmpOptimWrapper":
         problems.append(
-            "the loss is scaled for fp16, and processes would not agree on the scale: use bf16 (--amp bf16, "
+            "the loss is scaled for fp16, which was not tried on parts of gradients: use bf16 (--amp bf16, "
             'optim_wrapper.type="vision_ssm.MixedPrecisionOptimWrapper")'
         )
     optimizer = wrapper.get("optimizer", {}).get("type")
