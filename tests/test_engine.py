@@ -660,13 +660,13 @@ def test_run_through_recorded_calls_equals_a_run_without(data, tmp_path, recorde
             assert differences(without[part], through[part], part) == []
 
 
-def test_cuda_graphs_flag_reaches_the_config(data, tmp_path):
+def test_switches_reach_the_config(data, tmp_path):
     small_config(data, tmp_path).dump(tmp_path / "small.py")
     flags = dict(work_dir=None, data_root=None, cfg_options={}, launcher="none", amp=None, seed=None,
                  deterministic=False, resume=None, resume_anyway=False)  # fmt: skip
     for given in (False, True):
-        cfg = prepare_training(Namespace(config=str(tmp_path / "small.py"), cuda_graphs=given, **flags))
-        assert cfg.model.get("cuda_graphs", False) is given
+        cfg = prepare_training(Namespace(config=str(tmp_path / "small.py"), cuda_graphs=given, fsdp=given, **flags))
+        assert cfg.model.get("cuda_graphs", False) is given and cfg.get("fsdp", False) is given
 
 
 # The watch for NaN

@@ -64,7 +64,8 @@ def train(argv: Sequence[str] | None = None) -> int:
   train.py configs/classification/vmamba_tiny_s1l8_8xb128_in1k.py --data-root /data/imagenet --amp bf16
   train.py CONFIG --resume                              continue after an interruption, exactly
   train.py CONFIG --cfg-options train_cfg.max_epochs=5 optim_wrapper.optimizer.lr=2e-3
-  torchrun --nproc_per_node=8 train.py CONFIG --launcher pytorch""",
+  torchrun --nproc_per_node=8 train.py CONFIG --launcher pytorch
+  torchrun --nproc_per_node=8 train.py CONFIG --launcher pytorch --fsdp                memory for larger models""",
     )
     parser.add_argument("config", help="config file, for example configs/classification/quickstart_digits.py")
     add_common_flags(parser)
@@ -86,6 +87,11 @@ def train(argv: Sequence[str] | None = None) -> int:
         "--cuda-graphs",
         action="store_true",
         help="train the backbone through CUDA graphs, so that the host does not limit it; without accumulation",
+    )
+    parser.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="let the processes of a distributed run share parameters, gradients and optimizer states",
     )
     parser.add_argument("--seed", type=int, help="seed of all random numbers")
     parser.add_argument("--deterministic", action="store_true", help="only deterministic algorithms, also on a GPU")
@@ -150,6 +156,7 @@ def test(argv: Sequence[str] | None = None) -> int:
         for part in ("train", "val"):
             cfg[f"{part}_dataloader"] = cfg[f"{part}_cfg"] = None
         cfg.optim_wrapper = cfg.param_scheduler = cfg.val_evaluator = None
+        cfg.fsdp = False  # a model that only predicts is whole in every process
         # Of the training hooks only the pictures concern a test; weights need no averaging, the file has done it.
         cfg.default_hooks = {key: hook for key, hook in cfg.default_hooks.items() if key in ("logger", "pictures")}
         cfg.default_hooks.update(checkpoint=None, param_scheduler=None, sampler_seed=None)

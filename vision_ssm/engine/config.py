@@ -29,7 +29,7 @@ FREE = ("model.train_cfg", "model.test_cfg")
 """Parts that models of mmseg and mmdet read as they like."""
 MERGED = ("val_cfg.also", "test_cfg.also")
 """Parts that are changed copies of another part, so that any key of it may stand there."""
-TOP_LEVEL = ("resume_anyway", "compile", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
+TOP_LEVEL = ("resume_anyway", "compile", "fsdp", "find_unused_parameters", "sync_bn", "model_wrapper_cfg")
 """Keys of a config that the Runner reads besides its constructor's keywords."""
 OWNERS = {"train_cfg": EpochBasedTrainLoop.__init__, "randomness": Runner.set_randomness}
 
@@ -215,6 +215,8 @@ def prepare_training(args: Namespace) -> Config:
         if not _is_classification(cfg):
             raise UsageError(f"--cuda-graphs is for image classifiers; the model of this config is {cfg.model.type}")
         cfg.model.cuda_graphs = True
+    if args.fsdp:
+        cfg.fsdp = True
     cfg.setdefault("randomness", ConfigDict(seed=None))
     if args.seed is not None:
         cfg.randomness.seed = args.seed

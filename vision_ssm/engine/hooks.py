@@ -26,6 +26,7 @@ from . import figures
 from .checkpoint import POINTER, preserved_rng, rng_state, saved_checkpoints, set_rng_state, write_text
 from .logs import RoutineFilter, console_handlers
 from .metrics import find_evaluation, format_metric
+from .sharding import gathered, is_sharded
 
 
 def counts_iterations(runner: Runner) -> bool:
@@ -400,18 +401,24 @@ class NonFiniteHook(Hook):
         self._batch, self._rng = data_batch, rng_state()
 
     def _guard(self, what: str, value: Tensor) -> None:
-        if torch.isfinite(value).all():
-            return
         runner = self.runner
         model = runner.bare_model
         wrapper = runner.optim_wrapper
-        with preserved_rng():
+        broken = torch.isfinite(value).all().logical_not().float()
+        if is_sharded(model):  # to repeat the iteration a process needs the parameters of all others
+            all_reduce(broken, "max")
+        if not broken:
+            return
+        with preserved_rng(), gathered(model):
             set_rng_state(self._rng)
             cause = find_non_finite(model, self._batch, lambda: wrapper.optim_context(model))
+        became = str(float(value))
+        if torch.isfinite(value).all():
+            became += " here and not finite in another process"
         rates = wrapper.get_lr()
         files = ", ".join(batch_files(self._batch)[:3])
         raise NonFiniteError(
-            f"the {what} became {float(value)} in iteration {runner.iter + 1} (epoch {runner.epoch + 1}): {cause}\n"
+            f"the {what} became {became} in iteration {runner.iter + 1} (epoch {runner.epoch + 1}): {cause}\n"
             f"Precision {wrapper.precision}, lr {rates.get('base_lr', rates['lr'])[0]:.3g}; first images of the batch: "
             f"{files}\nNo weight was changed by this iteration. Usual remedies: a lower lr or a longer warm-up, "
             "gradient clipping (clip_grad), bf16 or fp32 instead of fp16. --resume continues from the last checkpoint."

@@ -34,6 +34,7 @@ HARMLESS = (
     r"Setting (OMP|MKL)_NUM_THREADS environment variable",
     r"Multi-processing start method",
     r"Detected call of `scheduler.step\(\)` before `optimizer.step\(\)`",
+    r"FSDP2-wrapped module \(.*\) returned a view tensor",  # which no family changes in place
     r"This DataLoader will create \d+ worker processes",
 )
 """Patterns of warnings of mmengine, mmcv, mmseg, mmdet and torch that concern nobody who uses this library."""

@@ -220,7 +220,7 @@ class MedicalSegmentor(BaseModel):
         kept = options.pop("keep_largest", None)
         if self.scale is not None:
             image = self.scale(torch.from_numpy(image)).numpy()
-        labels = predict_volume(self.unet, image, device=next(self.parameters()).device, **options)
+        labels = predict_volume(self.unet, image, **options)  # where the U-Net is: moving it would split a sharded one
         if kept is None or kept is False:
             return labels
         return keep_largest(labels, None if kept is True else kept)

@@ -14,10 +14,16 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIMIZERS
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vision_ssm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, check_keywords, suggest
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """A norm over all processes, of which each may hold a part."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -252,7 +258,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
         guarded = bool(self.guards) and self.scaler is None
         by_norm = bool(self.clip_grad_kwargs) and self.clip_func is torch.nn.utils.clip_grad_norm_
         if guarded and not by_norm:  # before values are clipped, which would hide an infinity
-            self._watched.append(("gradient", torch.nn.utils.get_total_norm(self._gradients())))
+            self._watched.append(("gradient", _whole(torch.nn.utils.get_total_norm(self._gradients()))))
         norm = self._clip_grad() if self.clip_grad_kwargs else None
         if guarded and norm is not None:
             self._watched.append(("gradient", norm.detach()))
@@ -268,6 +274,7 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
         """Whether the optimizer can be told on the device to change nothing, and every loss is seen before a step."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # as torch's own loss scaler asks
         fused = fused and all(group.get("fused") for group in self.optimizer.param_groups)  # a checkpoint may unset it
+        fused = fused and not isinstance(self.optimizer.param_groups[0]["params"][0], DTensor)  # takes no plain flag
         return fused and self.scaler is None and self._accumulative_counts == 1
 
     def _look(self) -> None:
@@ -298,7 +305,8 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
     def _clip_grad(self) -> Tensor | None:
         """Clip and return the norm before clipping (None when values are clipped)."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return self.clip_func([p for p in parameters if p.grad is not None], **self.clip_grad_kwargs)
+        norm = self.clip_func([p for p in parameters if p.grad is not None], **self.clip_grad_kwargs)
+        return None if norm is None else _whole(norm)
 
     def state_dict(self) -> dict:
         state = super().state_dict()

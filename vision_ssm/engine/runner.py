@@ -15,11 +15,12 @@ import mmengine.runner
 import numpy as np
 import timm
 import torch
+from mmengine.device import get_device
 from mmengine.dist import all_gather_object, is_distributed, is_main_process
 from mmengine.evaluator import Evaluator
+from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
-from mmengine.utils import apply_to
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -46,6 +47,16 @@ from .checkpoint import (
 from .distillation import Distillation
 from .graphs import GraphedCall, check_graphs
 from .loops import EpochTrainLoop, ExactLoop, IterTrainLoop, batch_size, stop_workers
+from .sharding import (
+    check_sharding,
+    gather,
+    is_sharded,
+    release,
+    shard,
+    sharded_hook,
+    split_optimizer_state,
+    whole_on_cpu,
+)
 from .whole_model import has_heads, load_whole_model, short_misfits
 
 RAW_WEIGHTS = "unaveraged_state_dict"
@@ -90,7 +101,8 @@ class Runner(mmengine.runner.Runner):
     inside the epoch), how it is written (atomically) and read (nothing in it is run), and in that ``--launcher
     pytorch`` works without a GPU. ``cfg.resume`` may be True (newest good checkpoint of the work dir) or go with
     ``load_from``; ``cfg.resume_anyway`` continues although the config differs from the checkpoint's.
-    ``cfg.env_cfg.cpu_threads`` sets the threads that torch computes with; None leaves torch's choice.
+    ``cfg.env_cfg.cpu_threads`` sets the threads that torch computes with; None leaves torch's choice. With
+    ``cfg.fsdp=True`` the processes of a training share its parameters instead of having a copy each, see `shard`.
     """
 
     optim_wrapper: Any
@@ -136,6 +148,8 @@ class Runner(mmengine.runner.Runner):
         return super().build_model(model)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        if self.cfg.get("fsdp"):
+            check_sharding(self.cfg, self.distributed)
         if self.distributed and not torch.cuda.is_available():
             keywords = dict(model_wrapper_cfg or {"type": "MMDistributedDataParallel", "broadcast_buffers": False})
             keywords.setdefault("find_unused_parameters", self.cfg.get("find_unused_parameters", False))
@@ -143,12 +157,15 @@ class Runner(mmengine.runner.Runner):
             model_wrapper_cfg = keywords
             model = revert_sync_batchnorm(model)
         sync_bn = self.cfg.get("sync_bn")
+        if self.distributed and sync_bn is not None:
+            if torch.cuda.is_available():
+                model = synchronize_batch_norms(model)
+            else:
+                self.logger.warning("sync_bn has no effect: PyTorch has no synchronised batch norm for CPUs")
+        if self.cfg.get("fsdp"):
+            return model.to(get_device())  # split by build_training, once its weights are initialised
         if not self.distributed or sync_bn is None:
             return super().wrap_model(model_wrapper_cfg, model)
-        if torch.cuda.is_available():
-            model = synchronize_batch_norms(model)
-        else:
-            self.logger.warning("sync_bn has no effect: PyTorch has no synchronised batch norm for CPUs")
         self.cfg.sync_bn = None  # the conversion of mmengine is not for channel-last norms
         try:
             return super().wrap_model(model_wrapper_cfg, model)
@@ -246,7 +263,8 @@ class Runner(mmengine.runner.Runner):
         if file_client_args is not None or backend_args is not None:
             raise ValueError("checkpoints are written to local folders only, because that can be done atomically")
         generators = all_gather_object(rng_state()) if save_optimizer else []
-        if not is_main_process():
+        main = is_main_process()
+        if not (main or is_sharded(self.model)):  # parts of a model have to come from every process
             return
         if isinstance(self.train_loop, ExactLoop):
             position = dict(self.train_loop.position)
@@ -267,11 +285,11 @@ class Runner(mmengine.runner.Runner):
         state: dict[str, Any] = {
             "format": FORMAT,
             "meta": meta,
-            "state_dict": _to_cpu(self.bare_model.state_dict()),
+            "state_dict": whole_on_cpu(self.bare_model.state_dict(), keep=main),
             "message_hub": pack_messages(self.message_hub),
         }
         if save_optimizer:
-            state["optimizer"] = _to_cpu(self.optim_wrapper.state_dict())
+            state["optimizer"] = whole_on_cpu(self.optim_wrapper.state_dict(), keep=main)
             state["rng"] = generators
         if save_param_scheduler and self.param_schedulers is not None:
             state["param_schedulers"] = [scheduler.state_dict() for scheduler in self.param_schedulers]
@@ -279,7 +297,8 @@ class Runner(mmengine.runner.Runner):
         if "ema_state_dict" in state:
             # mmengine's EMAHook has swapped the two: the averaged weights, those to be used, are in state_dict.
             state[RAW_WEIGHTS] = state.pop("ema_state_dict")
-        write_checkpoint(state, Path(out_dir) / filename)
+        if main:
+            write_checkpoint(state, Path(out_dir) / filename)
 
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", strict: bool = True, revise_keys: Any = ((r"^module.", ""),)
@@ -357,7 +376,10 @@ class Runner(mmengine.runner.Runner):
                 "Learning rates, weight decay and schedules go on as in the checkpoint."
             )
         self._load_weights(checkpoint, filename)
-        self.optim_wrapper.load_state_dict(checkpoint["optimizer"])
+        optimizer = checkpoint["optimizer"]
+        if is_sharded(self.model):
+            optimizer = split_optimizer_state(optimizer, self.optim_wrapper.optimizer)
+        self.optim_wrapper.load_state_dict(optimizer)
         saved = checkpoint.get("param_schedulers", [])
         for scheduler, state in zip(self.param_schedulers or [], saved, strict=not differences):
             scheduler.load_state_dict(state)
@@ -391,10 +413,30 @@ class Runner(mmengine.runner.Runner):
             )
         if self._val_loop is not None:
             self._val_loop = self.build_val_loop(self._val_loop)
+        if self.cfg.get("fsdp") and not is_sharded(self.model):
+            super()._init_model_weights()
+            shard(self.model)
+            self.logger.info(f"FSDP: {self.world_size} processes share parameters, gradients and optimizer states")
         self.optim_wrapper = self.build_optim_wrapper(self.optim_wrapper)
         self._prepare_graphs()
         self._prepare_teacher()
         self._check_classes()
+
+    def _init_model_weights(self) -> None:
+        if not is_sharded(self.model):  # otherwise done before
+            super()._init_model_weights()
+
+    def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
+        super().register_hook(sharded_hook(hook) if self.cfg.get("fsdp") else hook, priority)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """As in mmengine. A sharded model is whole while it is validated: between the hooks before and those after,
+        of which some exchange or save its parameters."""
+        if fn_name == "after_val_epoch" and is_sharded(self.model):
+            release(self.model)
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == "before_val_epoch" and is_sharded(self.model):
+            gather(self.model)
 
     def train(self) -> nn.Module:
         """Train, and return the model."""
@@ -481,7 +523,3 @@ def _without_pretrained(model: dict) -> dict:
         if isinstance(start, dict) and start.get("type") == "Pretrained":
             model["backbone"] = {**backbone, "init_cfg": None}
     return model
-
-
-def _to_cpu(state: dict) -> dict:
-    return apply_to(state, lambda item: isinstance(item, torch.Tensor), lambda tensor: tensor.detach().cpu())
