@@ -141,8 +141,8 @@ def test_options_of_the_own_strategy():
     plain = vision_ssm.create_model("efficientvim_micro", scan="hidden_state")
     assert [stage.blocks[0].mixer.conv.weight.shape[0] for stage in plain.stages] == [18, 15, 12]
     assert not any(key.endswith(".A") for key in plain.state_dict()) and plain.hidden_dims == [32, 32, 48]
-    with pytest.raises(ValueError, match="state_dim and expand [*] dim must be at least 1, got state_dim=0"):
-        build_scan(dict(type="hidden_state", state_dim=0), 16)
+    with pytest.raises(ValueError, match="state_dim and expand [*] dim must be at least 1, got .* 0.01 [*] 16"):
+        build_scan(dict(type="hidden_state", expand=0.01), 16)
     with pytest.raises(ValueError, match="depths, dims and states must have one entry per stage"):
         vision_ssm.create_model("efficientvim_micro", states=(1, 2))
 
