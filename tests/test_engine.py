@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 from argparse import Namespace
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engine_support import CLASSES, EXACT, ITERATIONS, differences, plain, runs_are_exact, small_config
+from engine_support import BATCH, CLASSES, EXACT, ITERATIONS, differences, plain, runs_are_exact, small_config
 from mmengine.logging import MessageHub
 from mmengine.runner import EpochBasedTrainLoop
 from timm.models import group_parameters
@@ -633,6 +634,21 @@ def test_run_that_does_not_go_with_graphs_is_refused_before_training(change, mes
     change(cfg)
     with pytest.raises(ValueError, match=message):
         Runner.from_cfg(cfg).build_training()
+
+
+@pytest.mark.filterwarnings("ignore:cannot read image")
+def test_unreadable_images_are_reported_by_every_process(data, tmp_path, monkeypatch, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    broken = next((tmp_path / "data" / "train").rglob("*.png"))
+    broken.write_bytes(b"")
+    runner = Runner.from_cfg(small_config(tmp_path / "data", tmp_path / "run", 1))
+    runner.train()
+    report = f"1 of {ITERATIONS * BATCH} files of .* could not be read and were replaced by their neighbours: .*{broken.name}"
+    assert re.search(report, next(tmp_path.rglob("*.log")).read_text())
+    monkeypatch.setattr("vision_ssm.engine.runner.is_main_process", lambda: False)
+    capsys.readouterr()
+    runner._report_skipped(runner.train_dataloader.dataset)
+    assert re.search(f"In process 0: {report}", capsys.readouterr().err)
 
 
 @runs_are_exact

@@ -95,6 +95,17 @@ def test_predict_one_image_and_a_folder(trained, data, tmp_path, capsys):
     assert "broken.png" in captured.err and "left out" in captured.err
 
 
+def test_images_of_a_folder(tmp_path):
+    for name in ("b.png", "a.JPG", "c/d.jpeg", "notes.txt", "._b.png", ".cache/e.png", "c/.hidden/f.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert image_files([tmp_path]) == [tmp_path / name for name in ("a.JPG", "b.png", "c/d.jpeg")]
+    assert image_files([tmp_path / "._b.png"]) == [tmp_path / "._b.png"]  # named is wanted
+    below = tmp_path / ".cache"  # hidden is what lies below, not where the folder lies
+    assert image_files([below]) == [below / "e.png"]
+
+
 def test_predict_agrees_with_test(trained, data):
     """Config and checkpoint give the same answers as name and weight file: the transform is the only difference."""
     from mmengine.config import Config

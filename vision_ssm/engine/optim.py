@@ -274,7 +274,8 @@ class MixedPrecisionOptimWrapper(OptimWrapper):
         """Whether the optimizer can be told on the device to change nothing, and every loss is seen before a step."""
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)  # as torch's own loss scaler asks
         fused = fused and all(group.get("fused") for group in self.optimizer.param_groups)  # a checkpoint may unset it
-        fused = fused and not isinstance(self.optimizer.param_groups[0]["params"][0], DTensor)  # takes no plain flag
+        first = [parameter for group in self.optimizer.param_groups for parameter in group["params"][:1]]
+        fused = fused and not any(isinstance(parameter, DTensor) for parameter in first)  # which take no plain flag
         return fused and self.scaler is None and self._accumulative_counts == 1
 
     def _look(self) -> None:

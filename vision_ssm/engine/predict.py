@@ -23,7 +23,7 @@ IMAGENET_CLASSES = 1000
 
 
 def image_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """The images among `inputs`; folders are searched with all their subfolders.
+    """The images among `inputs`; folders are searched with all their subfolders, hidden files and folders aside.
 
     Raises:
         UsageError: an input that does not exist, or no image at all.
@@ -31,7 +31,7 @@ def image_files(inputs: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for item in map(Path, inputs):
         if item.is_dir():
-            files += sorted(file for file in item.rglob("*") if file.name.lower().endswith(EXTENSIONS))
+            files += sorted(file for file in item.rglob("*") if _is_image(file.relative_to(item)) and file.is_file())
         elif item.is_file():
             files.append(item)
         else:
@@ -39,6 +39,11 @@ def image_files(inputs: Iterable[str | Path]) -> list[Path]:
     if not files:
         raise UsageError(f"no image in {', '.join(map(str, inputs))} (looked for {', '.join(EXTENSIONS)})")
     return files
+
+
+def _is_image(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)  # such as what editors and macOS leave beside images
+    return not hidden and path.name.lower().endswith(EXTENSIONS)
 
 
 def stored_class_names(checkpoint: Any, count: int) -> tuple[str, ...] | None:

@@ -464,8 +464,10 @@ class Runner(mmengine.runner.Runner):
 
     def _report_skipped(self, dataset: Any) -> None:
         report = dataset.skip_report() if hasattr(dataset, "skip_report") else ""
-        if report:
+        if report and is_main_process():
             self.logger.warning(report)
+        elif report:  # not gathered, as other processes may have failed; their loggers are silent
+            print(f"In process {self.rank}: {report}", file=sys.stderr)
 
     def _prepare_graphs(self) -> None:
         """A model that trains through CUDA graphs must be able to, and is told which batches to record."""
