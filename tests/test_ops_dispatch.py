@@ -9,7 +9,17 @@ import torch
 from ops_support import INPUTS, OPERATORS, cast, run
 
 from vision_ssm import kernels
-from vision_ssm.ops import Backend, backend, chunked_ssd, scan_2d, select_backend, selective_scan, ssd
+from vision_ssm.ops import (
+    Backend,
+    backend,
+    chunked_ssd,
+    plain,
+    registration,
+    scan_2d,
+    select_backend,
+    selective_scan,
+    ssd,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -215,3 +225,20 @@ def test_ssd_groups_must_divide_heads():
     inputs = INPUTS["ssd"](groups=4)
     with pytest.raises(ValueError, match="ssd: B and C have 4 groups, which do not divide the 6 heads of x"):
         ssd(**inputs)
+
+
+def test_transforms_replace_nothing_for_others(monkeypatch):
+    """A thread that differentiates forwards leaves the operators of all other threads alone."""
+    plain_scan, seen = plain.OPERATORS["selective_scan"], []
+
+    def watched(*inputs):
+        seen.append(registration.are_replaced())
+        return plain_scan(*inputs)
+
+    monkeypatch.setitem(plain.OPERATORS, "selective_scan", watched)
+    u = torch.rand(1, 2, 5)
+    parts = torch.rand(1, 2, 5), -torch.rand(2, 3), torch.rand(1, 3, 5), torch.rand(1, 3, 5)
+    torch.func.jvp(lambda u: selective_scan(u, *parts), (u,), (u,))
+    assert seen == [False]
+    selective_scan(u, *parts)
+    assert seen == [False]

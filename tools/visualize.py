@@ -1,4 +1,4 @@
-"""Look at scans and models: ``python tools/visualize.py --help``."""
+"""Look at scans, models and runs: ``python tools/visualize.py --help``."""
 
 import sys
 

@@ -69,9 +69,7 @@ def _history(place: Path) -> Path:
     file = place / HISTORY if place.is_dir() else place
     if not file.is_file():
         reason = f"has no {HISTORY}" if place.is_dir() else "is no file and no folder"
-        raise FileNotFoundError(
-            f"{place} {reason}; name the work dir of a run that has been validated once"
-        )
+        raise FileNotFoundError(f"{place} {reason}; name the work dir of a run that has been validated once")
     return file
 
 

@@ -43,7 +43,7 @@ def _positive(text: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Parser of the command and of its subcommands."""
     parser = command_parser(
-        "Draw what scans and models do. Pictures are png; their paths are printed.",
+        "Draw what scans and models do, and how runs went. Pictures are png; their paths are printed.",
         "\n".join(text.splitlines()[0] for text in EXAMPLES.values())
         + "\n  visualize.py COMMAND --help                                    all options of one",
     )

@@ -114,19 +114,24 @@ def register_operator(
             return chunked
         return kernels.find(name) if select_backend(tensor, name).name == "triton" else chunked
 
-    def run(*inputs: Any) -> Any:
-        replacement = _replaced.get(name)
-        chosen = implementation(inputs[0]) if replacement is None else chunked
-        if chosen is chunked:
-            with torch.autocast(inputs[0].device.type, enabled=False):
-                outputs = (replacement or chunked.forward)(*inputs)
-        else:
-            outputs = chosen.forward(*inputs)
+    def complete(outputs: Any, inputs: Sequence[Any]) -> Any:
         results = [outputs] if isinstance(outputs, Tensor) else list(outputs)
         if len(results) == len(returns):
             results += [inputs[0].new_empty(0) for _ in saved]
         results = [result.contiguous() for result in results]
         return results[0] if len(results) == 1 else tuple(results)
+
+    def run_in_pytorch(function: Callable[..., Any], *inputs: Any) -> Any:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return complete(function(*inputs), inputs)
+
+    def run(*inputs: Any) -> Any:
+        if name in _replaced:
+            return run_in_pytorch(_replaced[name], *inputs)
+        chosen = implementation(inputs[0])
+        if chosen is chunked:
+            return run_in_pytorch(chunked.forward, *inputs)
+        return complete(chosen.forward(*inputs), inputs)
 
     def run_backward(*everything: Any) -> list[Tensor]:
         inputs = everything[len(returns) + len(saved) :]
@@ -214,8 +219,7 @@ def register_operator(
 
             reason = "torch.func and forward-mode differentiation see through PyTorch's own operators alone"
             warn_of_slow_path(inputs[0], name, "plain PyTorch path", reason)
-            with replaced_operators(OPERATORS):
-                return run(*inputs)
+            return run_in_pytorch(OPERATORS[name], *inputs)
         if not _runs_directly():
             return forward(*inputs)
         return Direct.apply(*inputs) if wants_gradient(*inputs) else run(*inputs)
