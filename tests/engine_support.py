@@ -118,9 +118,11 @@ def run_python(*arguments: str | Path, timeout: float = 240, gpus: bool = False)
 
 _COMMANDS_OF_A_RANK = """
 import contextlib, json, runpy, sys
+from pathlib import Path
 from torch import distributed
+from vision_ssm.engine import commands
 distributed.init_process_group("gloo")
-leave, distributed.destroy_process_group = distributed.destroy_process_group, lambda: None  # one group for all commands
+leave, commands.leave_process_group = commands.leave_process_group, distributed.barrier  # one group for all commands
 folder, rank = sys.argv[1], distributed.get_rank()
 for number, arguments in enumerate(json.load(open(f"{folder}/commands.json"))):
     sys.argv = arguments
@@ -131,6 +133,8 @@ for number, arguments in enumerate(json.load(open(f"{folder}/commands.json"))):
             if stop.code:
                 raise
 leave()
+threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+assert not any("gloo" in name for name in threads), threads  # would abort the process now and then
 """
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.markup import escape
 from rich.table import Table
+from torch.distributed.device_mesh import DeviceMesh
 
 from vision_ssm.analysis.pictures import check_place
 from vision_ssm.backbones.family import points_to_file
@@ -43,15 +44,19 @@ from .runner import Runner
 from .timm_models import load_classifier
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """Part from the other processes: one that ends with its group open may be aborted on its way out.
 
     Threads of a group live as long as anything refers to it. A distributed model does, and is in cycles with its
-    runner: callers let go of both, and the cycles are broken here, while the interpreter is still whole.
+    runner: callers let go of both, and the cycles are broken here, while the interpreter is still whole. Device meshes,
+    which FSDP makes, refer to their groups as well, and caches of PyTorch keep them to the end.
     """
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         gc.collect()
+        for mesh in gc.get_objects():
+            if type(mesh) is DeviceMesh:
+                vars(mesh).get("_pg_registry", {}).clear()
         torch.distributed.destroy_process_group()
 
 
@@ -109,7 +114,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     with clear_errors():
         runner.train()
     del runner
-    _leave_process_group()
+    leave_process_group()
     return 0
 
 
@@ -195,7 +200,7 @@ def test(argv: Sequence[str] | None = None) -> int:
             if volumes is not None:
                 _report_volumes(volumes, cfg.work_dir, args.out)
     del runner, model, _
-    _leave_process_group()
+    leave_process_group()
     return 0
 
 
