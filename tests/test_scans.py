@@ -140,6 +140,22 @@ def test_wrong_options(options, message):
         MultiDirectionScan(8, **options)
 
 
+@pytest.mark.parametrize("name", list_scans())
+@pytest.mark.parametrize(
+    "shape,message",
+    [
+        ((2, 8, 6, 6), r"x must be \(B, H, W, 8\), got shape \(2, 8, 6, 6\); move the channels last"),
+        ((2, 36, 8), r"got shape \(2, 36, 8\); give tokens as a map: x.unflatten\(1, \(height, width\)\)"),
+        ((2, 6, 6, 12), r"got shape \(2, 6, 6, 12\); width 8 is what it was built for"),
+        ((288,), r"x must be \(B, H, W, 8\), got shape \(288,\)"),
+    ],
+    ids=["channels first", "tokens", "width", "flat"],
+)
+def test_what_is_no_map(name, shape, message):
+    with pytest.raises(ValueError, match=message):
+        build_scan(name, 8)(torch.zeros(shape))
+
+
 def test_wrong_names_and_keywords():
     with pytest.raises(KeyError, match="unknown scan 'multi_directions'. Did you mean 'multi_direction'"):
         build_scan("multi_directions", 8)

@@ -146,11 +146,7 @@ class Backbone(TimmContract):
                 nn.init.zeros_(module.bias)
 
     def _check_images(self, x: torch.Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"{self.variant or type(self).__name__} takes images (B, {self.in_chans}, H, W), got {tuple(x.shape)};"
-                " create the model with in_chans=... for another number of channels"
-            )
+        self.check_images(x, self.in_chans)
         if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
             raise ValueError(
                 f"images must be at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got {x.shape[2]} x {x.shape[3]};"

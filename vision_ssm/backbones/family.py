@@ -156,6 +156,29 @@ class ModelFamily(nn.Module):
         self.variant = name
         self.pretrained_cfg = {**self.common_cfg, **self.published.get(name, {})}
 
+    def check_images(self, x: torch.Tensor, *channels: int) -> None:
+        """`x` is floating-point and (B, C, H, W), with C one of `channels`.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: another shape, or no pixels.
+        """
+        name = self.variant or type(self).__name__
+        if x.ndim != 4 or x.shape[1] not in channels or 0 in x.shape[2:]:
+            hint = "create the model with in_chans=... for another number of channels"
+            if x.ndim == 4 and x.shape[3] in channels:
+                hint = "move the channels to the front: x.permute(0, 3, 1, 2)"
+            elif x.ndim == 3 and (x.shape[0] in channels or x.shape[2] in channels):
+                front = "" if x.shape[0] in channels else "permute(2, 0, 1)."
+                hint = f"make one image a batch: x.{front}unsqueeze(0)"
+            wanted = " or ".join(f"(B, {count}, H, W)" for count in channels)
+            raise ValueError(f"{name} takes images {wanted}, got {tuple(x.shape)}; {hint}")
+        if not x.is_floating_point():
+            raise TypeError(
+                f"{name} takes images that are floating-point and normalised, got {x.dtype}; scale them to 0..1,"
+                " subtract mean and divide by std of model.pretrained_cfg"
+            )
+
     @classmethod
     def weights_of(cls, name: str) -> dict[str, dict[str, Any]]:
         """Weights that are published of variant `name`, in the form of `published`, by tag; the default comes first.

@@ -49,6 +49,18 @@ def check_dimensions(op: str, name: str, tensor: Tensor, meaning: str) -> None:
         raise ValueError(f"{op}: {name} must be {meaning} without an empty dimension, got shape {tuple(tensor.shape)}")
 
 
+def check_map(module: torch.nn.Module, x: Tensor, dim: int) -> None:
+    """`x` is a map with channels last, (B, H, W, dim), as `module` takes it; raises ValueError."""
+    if x.dim() == 4 and x.shape[-1] == dim:
+        return
+    hint = f"; width {dim} is what it was built for"
+    if x.dim() == 4 and x.shape[1] == dim:
+        hint = "; move the channels last: x.permute(0, 2, 3, 1)"
+    elif x.dim() == 3 and x.shape[-1] == dim:
+        hint = "; give tokens as a map: x.unflatten(1, (height, width)), or one map as a batch: x.unsqueeze(0)"
+    raise ValueError(f"{type(module).__name__}: x must be (B, H, W, {dim}), got shape {tuple(x.shape)}{hint}")
+
+
 def check_table(op: str, name: str, table: Tensor, x: Tensor) -> None:
     """`table` is a non-empty (K, T) integer tensor on the device of `x`.
 

@@ -23,7 +23,7 @@ class AttentionScan(SequenceScan):
     """
 
     def __init__(self, dim: int, *, heads: int | str = "auto"):
-        super().__init__()
+        super().__init__(dim)
         if heads == "auto":
             heads = dim // math.gcd(dim, _HEAD_DIM)
         if not isinstance(heads, int) or heads < 1 or dim % heads:

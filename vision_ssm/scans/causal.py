@@ -50,7 +50,7 @@ class CausalScan(SequenceScan):
         heading: bool = True,
         reverse: bool = False,
     ):
-        super().__init__()
+        super().__init__(dim)
         inner = int(expand * dim)
         if inner < 1:
             raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, add_norm, trunc_normal_
+from ..ops.checks import check_map
 from ..registry import SCANS
 from .core import S6Core, resolve_dt_rank
 from .routes import build_routes
@@ -57,6 +58,7 @@ class ChannelGroupsScan(nn.Module):
         reduction: int = 16,
     ):
         super().__init__()
+        self.dim = dim
         family = build_routes(routes)
         self.groups = family.num_routes
         if len(family.make_tables(1, 1)) > 1:
@@ -82,6 +84,7 @@ class ChannelGroupsScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         n = add_norm(self.norm, x)[1]
         scale = self.skip_scale * self.affinity.gate(n.flatten(1, 2))  # (B, 1, dim)
         m = self.mix_groups(n) * n * scale.unsqueeze(1)

@@ -22,6 +22,7 @@ from ..layers import (
     is_plain,
     trunc_normal_,
 )
+from ..ops.checks import check_map
 from ..ops.scan_2d import scan_2d
 from ..registry import SCANS, suggest
 from .core import RouteCore, decay_rate, initial_dt_bias, resolve_dt_rank, unpack
@@ -195,6 +196,7 @@ class ContinuousScan(nn.Module):
         init: str = "mamba",
     ):
         super().__init__()
+        self.dim = dim
         inner = int(expand * dim)
         if inner < 1:
             raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")
@@ -210,6 +212,7 @@ class ContinuousScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         h = self.in_proj(x)
         if self.gate:
             h, z = h.chunk(2, dim=-1)  # each (B, H, W, D)

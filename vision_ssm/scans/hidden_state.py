@@ -9,6 +9,7 @@ from torch import nn
 
 from ..layers import DepthwiseConv2d
 from ..ops import hidden_state_mixer
+from ..ops.checks import check_map
 from ..registry import SCANS
 from .core import _uniform
 from .walks import NoRouteError, Walk
@@ -32,6 +33,7 @@ class HiddenStateMixer(nn.Module):
 
     def __init__(self, dim: int, *, state_dim: int = 64, expand: float = 1.0, inert_decay: bool = False):
         super().__init__()
+        self.dim = dim
         inner = int(expand * dim)
         if state_dim < 1 or inner < 1:
             raise ValueError(
@@ -50,6 +52,7 @@ class HiddenStateMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         return self.mix(x)[0]
 
     def mix(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

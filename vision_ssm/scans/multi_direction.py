@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..layers import ChannelGate, DeformableConv2d, DepthwiseConv2d, LayerNorm, get_activation, is_plain
+from ..ops.checks import check_map
 from ..registry import SCANS, suggest
 from .core import S6Core, SSDCore, resolve_dt_rank
 from .routes import Routes, build_routes
@@ -86,6 +87,7 @@ class MultiDirectionScan(nn.Module):
         init: str | None = None,
     ):
         super().__init__()
+        self.dim = dim
         cores = {"s6": S6Core, "ssd": SSDCore}
         if core not in cores:
             raise ValueError(f"unknown core {core!r}.{suggest(str(core), cores)}")
@@ -118,6 +120,7 @@ class MultiDirectionScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         h = self.in_proj(x)
         if self.gate:
             h, z = h.chunk(2, dim=-1)  # each (B, H, W, D)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import DepthwiseConv2d, LayerNorm
+from ..ops.checks import check_map
 from ..registry import SCANS
 from .core import S6Core, resolve_dt_rank
 from .routes import build_routes
@@ -73,6 +74,7 @@ class MultiHeadScan(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
+        self.dim = dim
         counts = {build_routes(head).num_routes for head in heads}
         if len(counts) != 1 or counts == {1}:
             raise ValueError(f"heads need the same number of routes each, two at least; {heads} have {sorted(counts)}")
@@ -92,6 +94,7 @@ class MultiHeadScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         h, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, H, W, C)
         h = self.head_proj(self.conv(h)).flatten(1, 2).unflatten(-1, (self.heads, 1, -1))  # (B, L, heads, 1, D)

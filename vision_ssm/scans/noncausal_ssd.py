@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layers import DepthwiseConv2d, LayerNorm, add_norm
 from ..ops import noncausal_ssd, ssd
+from ..ops.checks import check_map
 from ..registry import SCANS, suggest
 from .core import decay_rate, initial_dt_bias
 from .walks import NoRouteError, Walk, raster_walk
@@ -50,6 +51,7 @@ class NonCausalSSD(nn.Module):
         positive_weights: bool = True,
     ):
         super().__init__()
+        self.dim = dim
         if order not in _ORDERS:
             raise ValueError(f"unknown order {order!r}.{suggest(str(order), _ORDERS)}")
         inner = int(expand * dim)
@@ -78,6 +80,7 @@ class NonCausalSSD(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         z, mixed, dt = self.in_proj(x).split(self.sizes, dim=-1)
         mixed = self.conv(mixed).flatten(1, 2)  # (B, L, D + 2GN)
         states = self.groups * self.state_dim

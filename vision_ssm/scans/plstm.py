@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops.checks import check_map
 from ..ops.plstm import plstm2d
 from ..registry import SCANS, suggest
 from .walks import Wave
@@ -70,6 +71,7 @@ class PLSTMScan(nn.Module):
         gate_weights: bool = True,
     ):
         super().__init__()
+        self.dim = dim
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}.{suggest(str(mode), MODES)}")
         if chirality not in ("L", "R"):
@@ -167,6 +169,7 @@ class PLSTMScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         projected = self.qkv(x)
         query, key, value = projected.unflatten(-1, (3, self.heads, -1)).unbind(3)  # (B, X, Y, H, C / H) each
         direct = self.D.sigmoid().expand(query.shape[:4])

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..ops.checks import check_map
+
 CLASS_TOKENS = ("none", "first", "middle", "last", "double")
 
 
@@ -50,13 +52,22 @@ class TokenLayout:
 
 
 class SequenceScan(nn.Module):
-    """Base of these strategies; one defines `scan_tokens` and serves maps as well."""
+    """Base of these strategies; one defines `scan_tokens` and serves maps as well.
+
+    Args:
+        dim: width C of input and output.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, H, W, C). Returns the same shape."""
+        """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         return self.scan_tokens(x.flatten(1, 2), TokenLayout(height, width)).view(x.shape)  # (B, H*W, C) inside
 
     def scan_tokens(self, tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """tokens: (B, T, C), class tokens at ``layout.positions``. Returns the same shape."""
+        """tokens: (B, T, dim), class tokens at ``layout.positions``. Returns the same shape."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import DepthwiseConv2d, LayerNorm, add_norm
+from ..ops.checks import check_map
 from ..ops.scan_2d import scan_2d
 from ..ops.state_fusion import state_fusion
 from ..registry import SCANS
@@ -75,6 +76,7 @@ class StateFusionScan(nn.Module):
         conv_kernel: int = 3,
     ):
         super().__init__()
+        self.dim = dim
         inner = int(expand * dim)
         if inner < 1:
             raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")
@@ -91,6 +93,7 @@ class StateFusionScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         h, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, H, W, D)
         h = self.conv(h)
         y = self.core(h, norm=self.out_norm).to(h.dtype)

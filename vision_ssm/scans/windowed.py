@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..layers import CausalConv1d, ChannelGate, DepthwiseConv2d, LayerNorm
+from ..ops.checks import check_map
 from ..registry import SCANS, suggest
 from .core import S6Core, resolve_dt_rank
 from .routes import Routes, RouteTable, Unidirectional
@@ -183,6 +184,7 @@ class WindowedScan(nn.Module):
         conv_bias: bool = True,
     ):
         super().__init__()
+        self.dim = dim
         inner = _inner_width(dim, expand)
         if conv_kernel < 1 or conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel must be odd, so that the map keeps its size, got {conv_kernel}")
@@ -194,6 +196,7 @@ class WindowedScan(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
+        check_map(self, x, self.dim)
         h, z = self.in_proj(x).chunk(2, dim=-1)  # each (B, H, W, D)
         h = self.conv(h)
         return self.out_proj(self.core(h, norm=self.out_norm).to(h.dtype) * F.silu(z))
@@ -226,7 +229,7 @@ class WindowedSequenceScan(SequenceScan):
         inverse: str = "exact",
         conv_width: int = 4,
     ):
-        super().__init__()
+        super().__init__(dim)
         inner = _inner_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.core = WindowedCore(inner, directions, inverse, state_dim, resolve_dt_rank(dt_rank, dim))

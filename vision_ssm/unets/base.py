@@ -151,15 +151,8 @@ class UNet(ModelFamily):
         Raises:
             TypeError: not floating-point. ValueError: another shape.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"images must be floating-point and normalised, got {x.dtype}")
-        repeat = x.ndim == 4 and x.shape[1] == 1 and self.in_chans == 3
-        if x.ndim != 4 or not (repeat or x.shape[1] == self.in_chans) or not x.shape[2] or not x.shape[3]:
-            either = " or (B, 1, H, W)" if self.in_chans == 3 else ""
-            raise ValueError(
-                f"{self.variant or type(self).__name__} takes images (B, {self.in_chans}, H, W){either}, got"
-                f" {tuple(x.shape)}; create the model with in_chans=... for another number of channels"
-            )
+        repeat = self.in_chans == 3 and x.ndim == 4 and x.shape[1] == 1
+        self.check_images(x, *((3, 1) if self.in_chans == 3 else (self.in_chans,)))
         if repeat:
             x = x.expand(-1, 3, -1, -1)
         step = self.size_divisor
