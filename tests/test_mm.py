@@ -401,9 +401,10 @@ def test_official_weights_in_a_detector(tmp_path):
 def test_missing_weights_say_where_they_are():
     model = mm.VMamba("vmamba_tiny_s1l8", depths=(1, 1, 1, 1), init_cfg=dict(type="Pretrained", checkpoint="no/file.pth"))
     message = (
-        "no pretrained weights for vmamba_tiny_s1l8: no/file.pth does not exist. Download https://github.com/MzeroMiko/"
-        "VMamba/releases/download/%23v2cls/vssm1_tiny_0230s_ckpt_epoch_264.pth and name the file in model.backbone."
-        "init_cfg.checkpoint, or start from scratch: --cfg-options model.backbone.init_cfg=None"
+        "no pretrained weights for vmamba_tiny_s1l8: no/file.pth does not exist. Let it be downloaded, --cfg-options "
+        "model.backbone.init_cfg.checkpoint=True, or download https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls/vssm1_tiny"
+        "_0230s_ckpt_epoch_264.pth and name the file in model.backbone.init_cfg.checkpoint, or start from scratch:"
+        " --cfg-options model.backbone.init_cfg=None"
     )
     with pytest.raises(FileNotFoundError) as caught:
         model.init_weights()
@@ -524,7 +525,8 @@ BAD_BACKBONES = [
     (dict(frozen_stages=-2), ValueError, "got -2"),
     (dict(init_cfg="file.pth"), TypeError, r"one dict\(type='Pretrained', checkpoint=FILE\), got 'file.pth'"),
     (dict(init_cfg=dict(type="TruncNormal", std=0.02)), ValueError, "got type 'TruncNormal': apart from that, every family"),
-    (dict(init_cfg=dict(type="Pretrained")), TypeError, "init_cfg.checkpoint is the path of a file, got None"),
+    (dict(init_cfg=dict(type="Pretrained")), TypeError, "init_cfg.checkpoint is the path of a file, True for the published weights or the tag of one of several, got None"),
+    (dict(init_cfg=dict(type="Pretrained", checkpoint=False)), TypeError, "the tag of one of several, got False; init_cfg=None starts"),
     (dict(init_cfg=dict(type="Pretrained", checkpoint="a", prefix="b")), TypeError, "init_cfg has no key 'prefix'"),
 ]  # fmt: skip
 

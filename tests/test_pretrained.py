@@ -7,6 +7,8 @@ import vision_ssm
 from vision_ssm.download import DownloadError
 from vision_ssm.engine import ImageClassifier, MedicalSegmentor, TopDownPose, commands
 from vision_ssm.engine.timm_models import create_classifier
+from vision_ssm.integrations import mm
+from vision_ssm.integrations.checks import check_config
 
 LOSS = dict(type="CrossEntropyLoss")
 SMALL = dict(name="vssd_micro_d48", depths=(1, 1, 1, 1))
@@ -66,6 +68,25 @@ def test_a_pose_model_and_an_encoder_take_them_too(cache, monkeypatch):
     unet = dict(name="encoder_unet", encoder="vmamba_micro")
     segmentor = MedicalSegmentor(unet, num_classes=2, loss={}, pretrained=True)
     assert (segmentor.unet.encoder.stem.conv1.weight == 0.5).all()
+
+
+def test_backbones_of_dense_models_take_them_too(cache, monkeypatch):
+    several = {tag: dict(url=f"https://nowhere.org/{tag}.pth", file=f"{tag}.pth", tag=tag) for tag in ("one", "two")}
+    cls = vision_ssm.factory.find_family("vmamba_micro")
+    monkeypatch.setattr(cls, "weights_of", classmethod(lambda cls, name: several))
+    for value, tag in ((1.0, "one"), (2.0, "two")):
+        save_official(vision_ssm.create_model("vmamba_micro"), cache / f"{tag}.pth", value)
+    for checkpoint, value in ((True, 1.0), ("two", 2.0)):
+        init_cfg = dict(type="Pretrained", checkpoint=checkpoint)
+        check_config(dict(model=dict(backbone=dict(type="vision_ssm.VMamba", variant="vmamba_micro", init_cfg=init_cfg))), True)
+        backbone = mm.VMamba("vmamba_micro", init_cfg=init_cfg)
+        backbone.init_weights()
+        assert (backbone.stem.conv1.weight == value).all()
+    with pytest.raises(KeyError, match="vmamba_micro has no weights 'tow'. Did you mean 'two'"):
+        mm.check_weights("vmamba_micro", dict(type="Pretrained", checkpoint="tow"))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no official weights are published for it \\(model vmamba_micro\\)"):
+        mm.check_weights("vmamba_micro", dict(type="Pretrained", checkpoint=True))
 
 
 @pytest.mark.parametrize(

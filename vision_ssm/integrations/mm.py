@@ -35,7 +35,9 @@ from mmengine.model.weight_init import PretrainedInit
 from torch import nn
 
 from ..backbones.base import Backbone
+from ..backbones.family import points_to_file
 from ..factory import check_overrides, find_family, list_models
+from ..published import find_weights
 from ..registry import BACKBONES, MODELS, suggest
 from ..weights import load_weights
 from . import mmcv_ext, necks  # noqa: F401  (registers the necks)
@@ -44,6 +46,7 @@ from .packages import check_packages
 _RESERVED = {"features_only", "num_classes"}
 _TAKEN = {*_RESERVED, "out_indices"}
 FROM_SCRATCH = "--cfg-options model.backbone.init_cfg=None"
+_DOWNLOADED = "model.backbone.init_cfg.checkpoint=True"
 
 
 check_packages()
@@ -104,30 +107,42 @@ def _pretrained(init_cfg: Any) -> dict[str, Any] | None:
             f"init_cfg has no key {', '.join(map(repr, unknown))}; it takes checkpoint and ema (prefixes of names and"
             " the device are dealt with)"
         )
-    if not isinstance(settings.get("checkpoint"), (str, os.PathLike)) or not str(settings["checkpoint"]):
+    checkpoint = settings.get("checkpoint")
+    if checkpoint is not True and (not isinstance(checkpoint, (str, os.PathLike)) or not str(checkpoint)):
         raise TypeError(
-            f"init_cfg.checkpoint is the path of a file, got {settings.get('checkpoint')!r}; init_cfg=None starts from"
-            " scratch"
+            "init_cfg.checkpoint is the path of a file, True for the published weights or the tag of one of several,"
+            f" got {checkpoint!r}; init_cfg=None starts from scratch"
         )
     return settings
 
 
 def check_weights(variant: str, init_cfg: Any) -> dict[str, Any] | None:
-    """The keywords of an ``init_cfg``, ``checkpoint`` and perhaps ``ema``; None if it asks for no weights.
+    """The keywords of an ``init_cfg``, ``checkpoint``, a file that exists, and ``ema``; None if it asks for no weights.
+
+    Published weights are downloaded unless they are in the cache.
 
     Raises:
         FileNotFoundError: there is no such file; says where it is published and how to start from scratch.
-        TypeError, ValueError: an ``init_cfg`` of another kind.
+        TypeError, ValueError: an ``init_cfg`` of another kind, or no weights are published. KeyError: not under that
+            tag. DownloadError: they cannot be downloaded.
     """
     settings = _pretrained(init_cfg)
-    if settings is None or os.path.isfile(settings["checkpoint"]):
-        return settings
-    checkpoint = settings["checkpoint"]
-    origin = find_family(variant).published.get(variant, {}).get("url")
-    source = f"Download {origin}" if origin else f"No official weights of {variant} are published; train it"
-    what = "is a link, not a file" if re.match(r"\w+://", str(checkpoint)) else "does not exist"
+    if settings is None:
+        return None
+    family = find_family(variant)
+    found = find_weights(family, variant, "", settings["checkpoint"], None)
+    assert found.file is not None
+    if os.path.isfile(found.file):
+        return dict(checkpoint=found.file, ema=settings.get("ema", found.ema))
+    origin = family.published.get(variant, {}).get("url")
+    source = f"No official weights of {variant} are published; train it and name"
+    if origin:
+        source = f"Download {origin} and name"
+        if points_to_file(origin):
+            source = f"Let it be downloaded, --cfg-options {_DOWNLOADED}, or download {origin} and name"
+    what = "is a link, not a file" if re.match(r"\w+://", str(found.file)) else "does not exist"
     raise FileNotFoundError(
-        f"no pretrained weights for {variant}: {checkpoint} {what}. {source} and name the file in"
+        f"no pretrained weights for {variant}: {found.file} {what}. {source} the file in"
         f" model.backbone.init_cfg.checkpoint, or start from scratch: {FROM_SCRATCH}"
     )
 
@@ -145,7 +160,8 @@ class DenseBackbone(Backbone):
         norm_eval: batch norms keep the statistics they were loaded with; their weights learn all the same.
         with_cp: recompute each block's activations in backward instead of keeping them.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, a file for `load_weights`: official classification or
-            dense weights or ours. Read in `init_weights`, which a training run calls and a test does not.
+            dense weights or ours; True or a tag stand for weights as in `create_model`. Read in `init_weights`, which a
+            training run calls and a test does not.
         **overrides: any keyword of the family, such as ``drop_path_rate`` or ``scan``.
 
     Raises:
@@ -222,9 +238,7 @@ class DenseBackbone(Backbone):
         assert self.variant is not None
         settings = check_weights(self.variant, self.init_cfg)
         if settings is not None:
-            report = load_weights(
-                self, settings["checkpoint"], ema=settings.get("ema"), adapt_input=True, verbose=False
-            )
+            report = load_weights(self, settings["checkpoint"], ema=settings["ema"], adapt_input=True, verbose=False)
             print_log(str(report), "current")
         self._is_init = True
 
