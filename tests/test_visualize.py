@@ -22,7 +22,7 @@ from vision_ssm.backbones.plain import PlainBackbone
 from vision_ssm.engine.subjects import load_subject
 from vision_ssm.engine.visualize_command import visualize
 from vision_ssm.scans import build_routes
-from vision_ssm.scans.walks import NoRouteError, Walk, Wave, walks_of, walks_of_routes
+from vision_ssm.scans.walks import NoRouteError, Walk, Wave, walks_of
 
 MICROS = list_models("*_micro")
 WITHOUT_ROUTE = ("attention", "hidden_state", "noncausal_ssd")
@@ -123,7 +123,7 @@ def test_the_wave_of_plstm_is_the_order_in_which_cells_see_each_other():
 
 @pytest.mark.parametrize("name, steps", [("cross", 12), ("cascade", 4)])
 def test_gif_has_one_frame_per_step(name, steps, tmp_path):
-    walks = walks_of_routes(build_routes(name), 3, 4)
+    walks = build_routes(name).walks(3, 4)
     assert save_gif(walks, tmp_path / "a.gif", name) == steps
     with Image.open(tmp_path / "a.gif") as image:
         assert image.format == "GIF" and image.n_frames == steps

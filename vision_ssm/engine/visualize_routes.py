@@ -1,6 +1,6 @@
 """Which walks a name on the command line stands for, and their pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from vision_ssm.factory import create_model, list_models, list_unets
 from vision_ssm.registry import suggest
 from vision_ssm.scans import build_routes, build_scan, list_routes, list_scans
 from vision_ssm.scans.drawing import draw_walks
-from vision_ssm.scans.walks import NoRouteError, Walk, Wave, walks_of, walks_of_routes
+from vision_ssm.scans.walks import NoRouteError, Walk, Wave, walks_of
 
 from .commands import describe_scan
 from .config import UsageError
@@ -70,8 +70,7 @@ def collect_walks(
     title = f"{name} on {grid[0]} x {grid[1]} cells"
     others = [f"{name} is also a {KINDS[other]}: --kind {other}" for other in owners if other != kind]
     if kind == "routes":
-        walks: list[Walk | Wave] = list(walks_of_routes(build_routes({"type": name, **options}), *grid))
-        return _found(title, walks, others)
+        return _found(title, build_routes({"type": name, **options}).walks(*grid), others)
     if kind == "scan":
         try:
             return _found(title, walks_of(build_scan({"type": name, **options}, _DIM), *grid), others)
@@ -114,8 +113,8 @@ def _geometry(walk: Walk | Wave) -> torch.Tensor:
     return walk.order if isinstance(walk, Walk) else walk.steps
 
 
-def _found(title: str, walks: list[Walk | Wave], remarks: list[str]) -> Found:
-    return Found(title, walks[:MOST_PANELS], len(walks) if len(walks) > MOST_PANELS else 0, remarks)
+def _found(title: str, walks: Sequence[Walk | Wave], remarks: list[str]) -> Found:
+    return Found(title, list(walks[:MOST_PANELS]), len(walks) if len(walks) > MOST_PANELS else 0, remarks)
 
 
 def draw_still(found: Found, path: Path, dpi: int) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 
 from ..ops.registration import are_replaced
 from ..registry import ROUTES, build, lookup
+from .walks import Walk
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,14 +120,23 @@ class Routes:
             count += torch.bincount(table.write.flatten(), minlength=len(count))[: len(count)]
         return count.view(height, width)
 
+    def walks(self, height: int, width: int) -> list[Walk]:
+        """The walk of every route over a map, which is padded to the multiples of the family."""
+        height, width = height + -height % self.multiple, width + -width % self.multiple
+        names = self.route_names()
+        return [
+            Walk(names[table.first + k], height, width, table.read[k], table.segment)
+            for table in self.tables(height, width)
+            for k in range(len(table.read))
+        ]
+
     def draw(self, height: int = 6, width: int = 8) -> "Figure":
         """A matplotlib figure of every route: the path over the grid, coloured from its first to its last step."""
         from .drawing import draw_walks
-        from .walks import walks_of_routes
 
         self.tables(height, width)  # a map is not padded unasked
         title = f"{self.registered_name()} on {height} x {width} cells"
-        return draw_walks(walks_of_routes(self, height, width), title)
+        return draw_walks(self.walks(height, width), title)
 
     def registered_name(self) -> str:
         """Name of the family in the registry, or of its class."""
@@ -275,12 +285,12 @@ class _Pair(Routes):
 
     num_routes = 4
 
-    def walks(self, height: int, width: int, device: torch.device | str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self, height: int, width: int, device: torch.device | str | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Two orders of all cells, each (H*W,)."""
         raise NotImplementedError
 
     def orders(self, height, width, device=None):
-        first, second = self.walks(height, width, device)
+        first, second = self.pair(height, width, device)
         return torch.stack([first, first.flip(0), second, second.flip(0)])  # (4, H*W)
 
 
@@ -288,7 +298,7 @@ class _Pair(Routes):
 class RasterPair(_Pair):
     """Rows, rows reversed, columns, columns reversed: `cross` with each route before its reverse (MHS-VM's Z)."""
 
-    def walks(self, height, width, device):
+    def pair(self, height, width, device):
         return _raster(height, width, device), _column(height, width, device)
 
 
@@ -296,7 +306,7 @@ class RasterPair(_Pair):
 class SnakePair(_Pair):
     """Rows there and back in turn, then columns so, each with its reverse (MHS-VM's C)."""
 
-    def walks(self, height, width, device):
+    def pair(self, height, width, device):
         grid = _raster(height, width, device).view(height, width)
         return _snake(grid), _snake(grid.t())
 
@@ -305,7 +315,7 @@ class SnakePair(_Pair):
 class DiagonalPair(_Pair):
     """Anti-diagonals there and back in turn, from the top left and from the top right, each reversed (MHS-VM's X)."""
 
-    def walks(self, height, width, device):
+    def pair(self, height, width, device):
         row, column = _rows_and_columns(height, width, device)
         diagonal = row + column
         inside = torch.where(diagonal % 2 == 1, row, height - 1 - row)  # odd ones go down, even ones up
@@ -317,7 +327,7 @@ class DiagonalPair(_Pair):
 class SpiralPair(_Pair):
     """Clockwise rings from the top left inwards, and their mirror image from below, each reversed (MHS-VM's S)."""
 
-    def walks(self, height, width, device):
+    def pair(self, height, width, device):
         row, column = _rows_and_columns(height, width, device)
         ring = torch.minimum(torch.minimum(row, height - 1 - row), torch.minimum(column, width - 1 - column))
         row, column, down, right = row - ring, column - ring, height - 1 - 2 * ring, width - 1 - 2 * ring

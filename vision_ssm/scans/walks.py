@@ -5,8 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .routes import Routes
-
 
 class NoRouteError(ValueError):
     """A token mixer that visits its cells in no order; the message says what it does instead."""
@@ -45,17 +43,6 @@ class Wave:
     directions: tuple[tuple[int, int], ...]
 
 
-def walks_of_routes(routes: Routes, height: int, width: int) -> list[Walk]:
-    """The walks of a route family over a map, which is padded to the multiples of the family."""
-    height, width = height + -height % routes.multiple, width + -width % routes.multiple
-    names = routes.route_names()
-    return [
-        Walk(names[table.first + k], height, width, table.read[k], table.segment)
-        for table in routes.tables(height, width)
-        for k in range(len(table.read))
-    ]
-
-
 def raster_walk(height: int, width: int, reverse: bool = False) -> Walk:
     """The raster, or its reverse, as the walk of a mixer without a route family."""
     order = torch.arange(height * width)
@@ -65,7 +52,7 @@ def raster_walk(height: int, width: int, reverse: bool = False) -> Walk:
 def walks_of(mixer: nn.Module, height: int, width: int) -> list[Walk | Wave]:
     """What a token mixer does on a map of `height` x `width` cells.
 
-    That is the answer of its method ``walks(height, width)``, or else the walks of the routes of its ``core``.
+    That is the answer of its method ``walks(height, width)``, or else that of the routes of its ``core``.
 
     Raises:
         NoRouteError: it visits its cells in no order.
@@ -73,12 +60,10 @@ def walks_of(mixer: nn.Module, height: int, width: int) -> list[Walk | Wave]:
     """
     if height < 1 or width < 1:
         raise ValueError(f"a route needs a grid of at least 1 x 1 cells, got {height} x {width}")
-    own = getattr(mixer, "walks", None)
-    if own is not None:
-        return own(height, width)
     routes = getattr(getattr(mixer, "core", None), "routes", None)
-    if not isinstance(routes, Routes):
+    walks = getattr(mixer, "walks", None) or getattr(routes, "walks", None)
+    if walks is None:
         raise NoRouteError(f"{type(mixer).__name__} names no route")
-    return list(walks_of_routes(routes, height, width))
+    return walks(height, width)
 
 
