@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vision_ssm
 from vision_ssm.analysis import count_macs
 from vision_ssm.analysis.reported import COUNTED_OTHERWISE, REPORTED_GMACS, agrees
+from vision_ssm.backbones.blocks import Stage
 from vision_ssm.backbones.plain import PlainBackbone
 from vision_ssm.factory import families, find_family
 from vision_ssm.layers import RMSNorm
@@ -77,6 +78,19 @@ def test_function_transforms(name):
         _, slope = torch.func.jvp(loss, (parameters,), (direction,))
     product = sum((found[key] * direction[key]).sum() for key in found)
     torch.testing.assert_close(slope.detach(), product, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["vmamba_micro", "vim_micro", "efficientvim_micro"])
+def test_recomputation_stands_aside_in_transforms(name):
+    model = vision_ssm.create_model(name, num_classes=2).double().eval()
+    for part in model.modules():  # dropped paths and batch norms stay as in evaluation
+        part.training = isinstance(part, (type(model), Stage))
+    model.set_grad_checkpointing(True)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    found = torch.func.grad(lambda x: model(x).square().sum())(x)
+    x.requires_grad_()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, x.grad)
 
 
 @pytest.mark.parametrize("name", [name for name in vision_ssm.list_models() if name not in MICRO])
@@ -311,6 +325,7 @@ def test_names_and_patterns():
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(3, 64, 48)), ValueError, r"make one image a batch: x.unsqueeze\(0\)"),
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(64, 48, 3)), ValueError, r"make one image a batch: x.permute\(2, 0, 1\).unsqueeze\(0\)"),
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), TypeError, "floating-point and normalised, got torch.uint8; scale them to 0..1"),
+        (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 3, 0, 64)), ValueError, r"got \(1, 3, 0, 64\); an image has one pixel at least"),
         (lambda: vision_ssm.create_model("vmamba_micro")(torch.zeros(1, 3, 31, 64)), ValueError, "at least 32 x 32 pixels, got 31 x 64"),
         (lambda: vision_ssm.create_model("vmamba_micro", features_only=True).reset_classifier(3), ValueError, "no classifier to reset"),
         (lambda: vision_ssm.create_model("vmamba_micro", dims=(16, 32)), ValueError, "one entry per stage"),

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import random
+import sys
+import threading
 
 import golden_cases
 import pytest
@@ -42,6 +45,40 @@ def routes_of(name):
 def padded(routes, height, width):
     """The smallest grid for these routes that holds height x width cells."""
     return height + -height % routes.multiple, width + -width % routes.multiple
+
+
+def test_tables_first_asked_for_inside_of_a_transform():
+    """They outlive it: copied, pickled, and used by kernels, which read their memory."""
+    mixer = build_scan("multi_direction", 8)
+    torch.func.vmap(torch.func.grad(lambda x: mixer(x).sum()))(torch.randn(2, 1, 3, 4, 8))
+    table = mixer.core.routes.tables(3, 4)[0]
+    assert table.read.data_ptr() and torch.equal(copy.deepcopy(table.read), build_routes("cross").tables(3, 4)[0].read)
+
+
+def test_threads_share_a_family():
+    """More sizes than are kept, from several threads at once."""
+    routes, failed = build_routes("cross"), []
+
+    def ask(seed: int) -> None:
+        sizes = random.Random(seed)
+        try:
+            for _ in range(300):
+                height, width = sizes.randint(1, 12), sizes.randint(1, 12)
+                assert routes.tables(height, width)[0].read.shape == (4, height * width)
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failed
 
 
 def test_registry_lists_every_expected_table():

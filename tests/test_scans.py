@@ -1,13 +1,16 @@
 """Scan strategies: golden operator cases, and what every strategy of the registry must do."""
 
+import functools
+
 import golden_cases
 import pytest
 import torch
 
 import vision_ssm
 from vision_ssm.backbones.vmamba import convert_mixers, official_scan
-from vision_ssm.scans import MultiDirectionScan, build_scan, describe_scan, list_scans
+from vision_ssm.scans import MultiDirectionScan, build_routes, build_scan, describe_scan, list_scans
 from vision_ssm.scans.core import unpack
+from vision_ssm.scans.sequence import SequenceScan
 
 SS2D_CASES = sorted(path.stem for path in (golden_cases.ROOT / "ops").glob("vmamba_ss2d_*.json"))
 
@@ -154,6 +157,49 @@ def test_wrong_options(options, message):
 def test_what_is_no_map(name, shape, message):
     with pytest.raises(ValueError, match=message):
         build_scan(name, 8)(torch.zeros(shape))
+
+
+class Doubled(SequenceScan):
+    """A strategy of somebody else's, which knows nothing of `dim`."""
+
+    def __init__(self, dim: int, **options):
+        super().__init__()
+        self.proj = torch.nn.Linear(dim, dim)
+
+    def scan_tokens(self, tokens, layout):
+        return 2 * self.proj(tokens)
+
+
+@pytest.mark.parametrize("kind", [Doubled, functools.partial(Doubled, option=1)])
+def test_strategies_without_a_name(kind):
+    assert build_scan(dict(type=kind), 8)(torch.zeros(1, 2, 3, 8)).shape == (1, 2, 3, 8)
+    model = vision_ssm.create_model("vmamba_micro", depths=(1, 1, 1, 1), scan=dict(type=kind), num_classes=2)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
+def test_routes_in_every_form():
+    cross = build_routes("cross")
+    for spec in ("cross", dict(type="cross"), cross, ("raster", "column"), ["raster", cross]):
+        for name, key in (("multi_direction", "routes"), ("channel_groups", "routes"), ("multi_head", "heads")):
+            mixer = build_scan({"type": name, key: [spec, spec] if key == "heads" else spec}, 20)
+            assert mixer(torch.zeros(1, 2, 3, 20)).shape == (1, 2, 3, 20), (name, spec)
+        assert build_routes(dict(type="reversed", of=spec)).num_routes == build_routes(spec).num_routes
+        assert build_routes(dict(type="compose", families=[spec, "raster"])).num_routes == build_routes(spec).num_routes + 1
+
+
+@pytest.mark.parametrize("name", ["multi_direction", "causal", "hidden_state", "plstm"])
+def test_forward_mode_is_not_lost_in_a_compiled_graph(name):
+    mixer, x = build_scan(name, 16), torch.randn(1, 3, 4, 16)
+
+    def tangent(x):
+        return torch.func.jvp(mixer, (x,), (x,))[1]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(tangent, backend="eager")
+    torch.testing.assert_close(compiled(x), tangent(x))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="does not go through compiled models of vision_ssm"):
+        torch.compile(tangent, backend="eager", fullgraph=True)(x)
 
 
 def test_wrong_names_and_keywords():

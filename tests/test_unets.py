@@ -127,6 +127,11 @@ def test_any_size(name, size):
 
 
 @pytest.mark.parametrize("name", MICRO)
+def test_no_images_have_no_scores(name):
+    assert vision_ssm.create_model(name, num_classes=3).eval()(torch.zeros(0, 3, 64, 64)).shape == (0, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", MICRO)
 @pytest.mark.parametrize("deep", [False, True])
 def test_gradient_reaches_every_parameter(name, deep):
     model = vision_ssm.create_model(name, num_classes=3, deep_supervision=deep).train()

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-SIZES = frozenset({"depth", "dim", "img_size", "patch_size", "state_dim"})
-"""Keywords whose numbers are at least 1, in whatever class."""
+LEAST = dict(depth=1, dim=1, dims=1, img_size=1, patch_size=1, state_dim=1, depths=0, mlp_ratio=0)
+"""Smallest numbers of some keywords, in whatever class."""
 WORDS: dict[Any, tuple[str, str]] = {
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),
@@ -40,18 +40,26 @@ def check_values(functions: Iterable[Callable], values: Mapping[str, Any], name:
         if not _fits(value, hint):
             raise TypeError(f"{name}: {key} takes {_in_words(hint)}, got {value!r}")
         numbers = [number for number in _flat(value) if _is(number, Real)]
-        if key in SIZES and any(number < 1 for number in numbers):
-            raise ValueError(f"{name}: {key} must be 1 or more, got {value!r}")
-        if key.endswith(("_rate", "dropout")) and not all(0 <= number <= 1 for number in numbers):
+        if key in LEAST and not all(number >= LEAST[key] for number in numbers):
+            raise ValueError(f"{name}: {key} must be {LEAST[key]} or more, got {value!r}")
+        if key.endswith(("drop_rate", "drop_path_rate", "dropout")) and not all(0 <= number <= 1 for number in numbers):
             raise ValueError(f"{name}: {key} must be between 0 and 1, got {value!r}")
 
 
-@functools.cache
+def without_numpy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with Python's numbers and lists in the place of NumPy's, which a class need not know."""
+    numpy = np.generic, np.ndarray
+    return {key: value.tolist() if isinstance(value, numpy) else value for key, value in values.items()}
+
+
 def _hints(function: Callable) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(function)
-    except NameError:  # a name that is imported for type checkers only
+        return _read_hints(function)
+    except Exception:  # a name for type checkers only, a callable object, a partial: nothing is said of its keywords
         return {}
+
+
+_read_hints = functools.cache(typing.get_type_hints)
 
 
 def _flat(value: Any) -> list:
@@ -70,7 +78,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
     if origin is Literal:
-        return value in parts
+        return (isinstance(value, str) or not hasattr(value, "__len__")) and value in parts
+    if hint in (list, tuple) or origin in (Sequence, Iterable, list, tuple) and not parts:
+        return _is_series(value)
     if origin is tuple and Ellipsis not in parts:
         return _is_series(value) and len(value) == len(parts) and all(map(_fits, value, parts))
     if origin in (Sequence, Iterable, list, tuple):
@@ -83,7 +93,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return _is(value, Real)
     if hint is bool:  # 0 and 1 too, as a command line may give them
         return isinstance(value, (bool, np.bool_)) or (_is(value, Integral) and value in (0, 1))
-    return isinstance(value, hint) if isinstance(hint, type) else True
+    try:
+        return isinstance(value, hint) if isinstance(hint, type) else True
+    except TypeError:  # a protocol or a typed dict
+        return True
 
 
 def _is_series(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from mmengine import registry as root
 from mmengine.registry import Registry
 
-from .arguments import check_values
+from .arguments import check_values, without_numpy
 
 SCOPE = "vision_ssm"
 
@@ -89,7 +89,7 @@ def build(registry: Registry, spec: str | dict, *args: Any, **defaults: Any) -> 
         spec = {"type": spec}
     if not isinstance(spec, dict) or "type" not in spec:
         raise TypeError(f"a {registry.name} is given by name or as dict(type=name, ...), got {spec!r}")
-    keywords = {**defaults, **{key: value for key, value in spec.items() if key != "type"}}
+    keywords = without_numpy({**defaults, **{key: value for key, value in spec.items() if key != "type"}})
     entry = lookup(registry, spec["type"]) if isinstance(spec["type"], str) else spec["type"]
     target = entry.__init__ if inspect.isclass(entry) else entry
     name = f"{registry.name} {spec['type']!r}"

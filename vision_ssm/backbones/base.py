@@ -14,6 +14,7 @@ from .blocks import (  # noqa: F401  (what a family is built of comes from here)
     Stage,
     add_branch,
     drop_path_rates,
+    recomputes,
     stage_widths,
 )
 from .contract import TimmContract

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..layers import DepthwiseConv2d, add_norm, build_mlp, get_norm
+from ..ops.registration import is_transformed
 from ..scans import build_scan
 from ..scans.sequence import TokenLayout
 
@@ -23,6 +24,8 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
 
 def stage_widths(dims: int | Sequence[int], depths: Sequence[int]) -> list[int]:
     """Width of each stage; one number is the first stage's, doubled from stage to stage."""
+    if not len(depths):
+        raise ValueError("depths has the number of blocks of each stage, of one at least; got none")
     widths = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
     if len(widths) != len(depths):
         raise ValueError(f"dims and depths must have one entry per stage, got {widths} and {tuple(depths)}")
@@ -122,6 +125,14 @@ def add_branch(x: torch.Tensor, branch: Branch | None) -> torch.Tensor:
     return x + drop_path(values)
 
 
+def recomputes(part: nn.Module) -> bool:
+    """Whether `part`, which has a switch ``grad_checkpointing``, makes activations of its blocks again in backward.
+
+    `torch.func` cannot follow that.
+    """
+    return part.grad_checkpointing and part.training and torch.is_grad_enabled() and not is_transformed()
+
+
 class Stage(nn.Module):
     """Downsampling (or none), then blocks with the interface of `ScanBlock`. Maps are (B, H, W, C)."""
 
@@ -138,7 +149,7 @@ class Stage(nn.Module):
         """x: (B, H, W, C), downsampled. Returns the same shape."""
         branch = None
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            if recomputes(self):
                 x, branch = checkpoint(block, x, branch, use_reentrant=False)
             else:
                 x, branch = block(x, branch)

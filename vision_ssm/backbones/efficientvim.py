@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..layers import ChannelLastBatchNorm, DepthwiseConv2d, HiddenStateHead, LayerNorm, add_norm, channels_last
 from ..scans import build_scan
 from ..scans.hidden_state import HiddenStateMixer
-from .base import Backbone, Stage, register_family, resolve_scan
+from .base import Backbone, Stage, recomputes, register_family, resolve_scan
 from .official import official_settings, rename, stage_key
 
 _STRIDE = 16
@@ -143,7 +143,7 @@ class HiddenStateStage(Stage):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, hidden = self.downsample(x), None
         for block in self.blocks:
-            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            if recomputes(self):
                 x, hidden = checkpoint(block, x, use_reentrant=False)
             else:
                 x, hidden = block(x)

@@ -8,7 +8,7 @@ import torch
 from mmengine.registry import Registry
 from torch import nn
 
-from ..arguments import check_values
+from ..arguments import check_values, without_numpy
 from ..registry import BACKBONES, suggest
 
 _Model = TypeVar("_Model", bound="ModelFamily")
@@ -145,7 +145,7 @@ class ModelFamily(nn.Module):
         Raises:
             TypeError, ValueError: a value that its keyword does not take.
         """
-        settings = {**cls.variants[name], **overrides}
+        settings = {**cls.variants[name], **without_numpy(overrides)}
         if overrides.get("scan") is not None:
             settings["scan"] = resolve_scan(overrides["scan"], cls.variants[name].get("scan", {}))
         check_values(cls._constructors(), overrides, name)
@@ -166,7 +166,9 @@ class ModelFamily(nn.Module):
         name = self.variant or type(self).__name__
         if x.ndim != 4 or x.shape[1] not in channels or 0 in x.shape[2:]:
             hint = "create the model with in_chans=... for another number of channels"
-            if x.ndim == 4 and x.shape[3] in channels:
+            if x.ndim == 4 and x.shape[1] in channels:
+                hint = "an image has one pixel at least"
+            elif x.ndim == 4 and x.shape[3] in channels:
                 hint = "move the channels to the front: x.permute(0, 3, 1, 2)"
             elif x.ndim == 3 and (x.shape[0] in channels or x.shape[2] in channels):
                 front = "" if x.shape[0] in channels else "permute(2, 0, 1)."

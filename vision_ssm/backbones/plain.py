@@ -14,7 +14,7 @@ from ..layers import PositionTable, SimplePyramid, add_norm, trunc_normal_
 from ..layers.pyramid import SCALES
 from ..registry import suggest
 from ..scans.sequence import CLASS_TOKENS, SequenceScan, TokenLayout
-from .base import Backbone, Branch
+from .base import Backbone, Branch, recomputes
 
 _FEATURE_MAPS = 4
 _NORM_BIAS = re.compile(r"(stages\.\d+\.norm\d*|norm)\.bias")
@@ -192,7 +192,7 @@ class PlainBackbone(Backbone):
     ) -> tuple[torch.Tensor, Branch | None]:
         """Block number `index`, its activations recomputed in backward where that is switched on."""
         block = self.stages[index]
-        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+        if recomputes(self):
             return checkpoint(block, x, branch, layout, use_reentrant=False)
         return block(x, branch, layout)
 

@@ -87,7 +87,7 @@ class VMamba(Backbone):
         dims = stage_widths(dims, depths)
         stem_norm_name = norm if stem_norm else "none"
         stems: dict[str, Callable[[], nn.Module]] = {
-            "conv": lambda: ConvStem(self.in_chans, dims[0], patch_size, stem_norm_name),
+            "conv": lambda: ConvStem(self.in_chans, dims[0], stem_norm_name),
             "patch": lambda: PatchStem(self.in_chans, dims[0], patch_size, stem_norm_name, remainder),
         }
         downsamples: dict[str, Callable[[int, int], nn.Module]] = {
@@ -98,6 +98,8 @@ class VMamba(Backbone):
         for keyword, value, choices in (("stem", stem, stems), ("downsample", downsample, downsamples)):
             if value not in choices:
                 raise ValueError(f"unknown {keyword} {value!r}.{suggest(str(value), choices)}")
+        if stem == "conv" and patch_size != _PATCH_SIZE:
+            raise ValueError(f"stem 'conv' has patch_size {_PATCH_SIZE}, got {patch_size}; stem='patch' has any")
         spec = resolve_scan(scan, self.default_scan)
         self.stem = stems[stem]()
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size

@@ -54,23 +54,18 @@ class PatchStem(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """Two overlapping convolutions, each with stride ``patch_size / 2``: conv, norm, GELU, conv, norm.
+    """Two overlapping convolutions, which halve a size, rounded up, each: conv, norm, GELU, conv, norm."""
 
-    With `patch_size` 4 (kernel 3, stride 2, padding 1) a size is halved twice, each time rounded up.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int = 4, norm: str = "layer"):
+    def __init__(self, in_chans: int, dim: int, norm: str = "layer"):
         super().__init__()
-        stride = patch_size // 2
-        kernel = stride + 1
-        self.conv1 = nn.Conv2d(in_chans, dim // 2, kernel, stride=stride, padding=1)
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, stride=2, padding=1)
         self.norm1 = get_norm(norm, dim // 2)
         self.act = nn.GELU()
-        self.conv2 = nn.Conv2d(dim // 2, dim, kernel, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, stride=2, padding=1)
         self.norm2 = get_norm(norm, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (B, C, H, W). Returns (B, ceil(H / patch_size), ceil(W / patch_size), dim)."""
+        """x: (B, C, H, W). Returns (B, ceil(H / 4), ceil(W / 4), dim)."""
         x = self.conv1(channels_last(x))
         x = self.act(add_norm(self.norm1, x.permute(0, 2, 3, 1).contiguous())[1])  # (B, H/2, W/2, dim/2)
         x = self.conv2(x.permute(0, 3, 1, 2))

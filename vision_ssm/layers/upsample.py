@@ -19,9 +19,9 @@ def depth_to_space(x: torch.Tensor, scale: int) -> torch.Tensor:
     Returns:
         (B, scale * H, scale * W, C).
     """
-    batch, height, width, _ = x.shape
-    squares = x.view(batch, height, width, scale, scale, -1).transpose(2, 3)  # (B, H, scale, W, scale, C)
-    return squares.reshape(batch, height * scale, width * scale, -1)
+    batch, height, width, dim = x.shape
+    squares = x.view(batch, height, width, scale, scale, dim // scale**2).transpose(2, 3)  # (B, H, scale, W, scale, C)
+    return squares.reshape(batch, height * scale, width * scale, dim // scale**2)
 
 
 class TransposedConv2d(nn.ConvTranspose2d):

@@ -73,8 +73,18 @@ def wants_gradient(*values: Any) -> bool:
 
 def is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation follows what is computed, as a `torch.autograd.Function`
-    with a backward pass alone does not let them."""
+    with a backward pass alone does not let them.
+
+    Raises:
+        RuntimeError: forward-mode differentiation is compiled, where tangents would be lost; a compiler that may leave
+            the graph computes it outside then.
+    """
     if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(
+                "forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) does not go through compiled "
+                "models of vision_ssm: leave it out of the compiled function, or compile without fullgraph=True"
+            )
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

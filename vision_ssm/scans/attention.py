@@ -23,7 +23,8 @@ class AttentionScan(SequenceScan):
     """
 
     def __init__(self, dim: int, *, heads: int | str = "auto"):
-        super().__init__(dim)
+        super().__init__()
+        self.dim = dim
         if heads == "auto":
             heads = dim // math.gcd(dim, _HEAD_DIM)
         if not isinstance(heads, int) or heads < 1 or dim % heads:

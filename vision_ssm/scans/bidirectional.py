@@ -66,7 +66,8 @@ class BidirectionalScan(SequenceScan):
         average: bool = False,
         layer_scale: float | None = None,
     ):
-        super().__init__(dim)
+        super().__init__()
+        self.dim = dim
         if directions not in _ROUTES:
             raise ValueError(f"unknown directions {directions!r}.{suggest(str(directions), _ROUTES)}")
         if average and directions not in ("both", "shared"):

@@ -13,7 +13,7 @@ from ..layers import ChannelGate, DepthwiseConv2d, LayerNorm, add_norm, trunc_no
 from ..ops.checks import check_map
 from ..registry import SCANS
 from .core import S6Core, resolve_dt_rank
-from .routes import build_routes
+from .routes import Routes, build_routes
 
 _NORM_EPS = 1e-5
 
@@ -54,7 +54,7 @@ class ChannelGroupsScan(nn.Module):
         expand: float = 1.0,
         state_dim: int = 1,
         dt_rank: int | str = "auto",
-        routes: str | dict | list = "cross",
+        routes: str | dict | list | Routes = "cross",
         reduction: int = 16,
     ):
         super().__init__()

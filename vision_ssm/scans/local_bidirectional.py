@@ -79,7 +79,8 @@ class LocalBidirectionalScan(SequenceScan):
         both: bool = False,
         average: bool = False,
     ):
-        super().__init__(dim)
+        super().__init__()
+        self.dim = dim
         inner = int(expand * dim)
         if inner < 1:
             raise ValueError(f"expand * dim must be at least 1, got {expand} * {dim}")

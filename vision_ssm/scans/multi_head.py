@@ -16,7 +16,7 @@ from ..layers import DepthwiseConv2d, LayerNorm
 from ..ops.checks import check_map
 from ..registry import SCANS
 from .core import S6Core, resolve_dt_rank
-from .routes import build_routes
+from .routes import Routes, build_routes
 
 _NORM_EPS = 1e-5
 _SPREAD_EPS = 1e-5
@@ -66,7 +66,7 @@ class MultiHeadScan(nn.Module):
         self,
         dim: int,
         *,
-        heads: Sequence[str | dict] = tuple(_OFFICIAL_HEADS.values()),
+        heads: Sequence[str | dict | list | Routes] = tuple(_OFFICIAL_HEADS.values()),
         state_dim: int = 16,
         dt_rank: int | str = "auto",
         threshold: float = 0.0,

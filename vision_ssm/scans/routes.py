@@ -5,12 +5,14 @@ Route k reads cell ``read[k, t]`` at step t and adds its output to cell ``write[
 published model puts outputs back elsewhere than it took its inputs from.
 """
 
+import contextlib
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 
 from ..ops.registration import are_replaced
@@ -101,17 +103,20 @@ class Routes:
         if height % self.multiple or width % self.multiple:
             raise ValueError(f"{self} needs sides that are multiples of {self.multiple}, got {height} x {width}")
         key = (height, width, str(device))
-        if key not in self._cache:
-            # made outside of inference mode, or a later training step could not save them for backward
-            with torch.inference_mode(False):
-                made = [table.to(device) for table in self.make_tables(height, width)]
-            if any(type(table.read) is not torch.Tensor for table in made):  # of a trace, and of no use behind it
-                return made
-            self._cache[key] = made
+        found = self._cache.get(key)
+        if found is None:
+            # made outside of inference mode, or a later training step could not save them for backward, and of
+            # transforms, which would wrap them
+            with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+                found = [table.to(device) for table in self.make_tables(height, width)]
+            if any(type(table.read) is not torch.Tensor for table in found):  # of a trace, and of no use behind it
+                return found
+            self._cache[key] = found
+        with contextlib.suppress(KeyError):  # another thread may have dropped it, or the last one
+            self._cache.move_to_end(key)
             if len(self._cache) > _CACHED_SIZES:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+        return found
 
     def multiplicity(self, height: int, width: int) -> torch.Tensor:
         """(H, W) int64: how many routes write to each cell."""
@@ -204,7 +209,7 @@ class Column(Routes):
 class Reversed(Routes):
     """Another family, walked from its end: the raster unless `of` names one."""
 
-    def __init__(self, of: str | dict = "raster"):
+    def __init__(self, of: str | dict | list | Routes = "raster"):
         super().__init__()
         self.of = build_routes(of)
         self.num_routes, self.multiple = self.of.num_routes, self.of.multiple
@@ -386,7 +391,7 @@ class Atrous(Routes):
 class Compose(Routes):
     """Several families side by side, as if they were one; a list of names builds this."""
 
-    def __init__(self, families: list[str | dict]):
+    def __init__(self, families: list[str | dict | list | Routes]):
         super().__init__()
         if not families:
             raise ValueError("compose needs at least one route family")

@@ -54,17 +54,16 @@ class TokenLayout:
 class SequenceScan(nn.Module):
     """Base of these strategies; one defines `scan_tokens` and serves maps as well.
 
-    Args:
-        dim: width C of input and output.
+    Attributes:
+        dim: width C of input and output, which a strategy sets to have its maps checked.
     """
 
-    def __init__(self, dim: int):
-        super().__init__()
-        self.dim = dim
+    dim: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim). Returns the same shape."""
-        check_map(self, x, self.dim)
+        if self.dim is not None:
+            check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         return self.scan_tokens(x.flatten(1, 2), TokenLayout(height, width)).view(x.shape)  # (B, H*W, C) inside
 

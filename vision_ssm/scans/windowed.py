@@ -229,7 +229,8 @@ class WindowedSequenceScan(SequenceScan):
         inverse: str = "exact",
         conv_width: int = 4,
     ):
-        super().__init__(dim)
+        super().__init__()
+        self.dim = dim
         inner = _inner_width(dim, expand)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         self.core = WindowedCore(inner, directions, inverse, state_dim, resolve_dt_rank(dt_rank, dim))
