@@ -212,7 +212,7 @@ def detection_config(data: Path, work_dir: Path, epochs: int = 2) -> Config:
     )  # fmt: skip
     evaluator = dict(type="CocoMetric", ann_file=f"{data}/annotations/instances_val.json", metric=["bbox", "segm"])
     train_loader = _loader(dataset("train", "training", training), BATCH, True)
-    train_loader["batch_sampler"] = dict(type="AspectRatioBatchSampler")
+    train_loader["batch_sampler"] = dict(type="vision_ssm.AspectRatioBatchSampler")
     return _finish(
         dict(
             data_root=str(data),

@@ -636,6 +636,32 @@ def test_processes_share_an_epoch(monkeypatch):
     assert sorted(itertools.chain(*map(coordinates, uneven))) == sorted(whole)
 
 
+class Sized(list):
+    """Images of which nothing but the width and height is known."""
+
+    def get_data_info(self, index: int) -> dict:
+        width, height = self[int(index)]
+        return dict(width=width, height=height)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_batches_of_one_aspect_ratio(drop_last):
+    """As many as announced, whatever the order; else processes would wait for each other."""
+    draw = random.Random(0)
+    for _ in range(200):
+        images = Sized((draw.choice([3, 5]), 4) for _ in range(draw.randint(1, 30)))
+        size = draw.randint(1, 5)
+        sampler = samplers.AspectRatioBatchSampler(EpochSampler(images, seed=draw.randint(0, 99)), size, drop_last)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) and all(len(batch) == size for batch in batches[: len(images) // size])
+        found = sorted(itertools.chain(*batches))
+        assert found == sorted(set(found)) and len(found) == (len(images) // size * size if drop_last else len(images))
+        mixed = [batch for batch in batches if len({images[int(index)] for index in batch}) > 1]
+        assert len(mixed) <= 2
+    with pytest.raises(ValueError, match="batch_size"):
+        samplers.AspectRatioBatchSampler(EpochSampler(images), 0)
+
+
 @pytest.mark.parametrize("kind", [EpochSampler, RepeatedAugmentSampler])
 def test_endless(kind):
     sampler, single = kind(range(30), seed=2, endless=True), kind(range(30), seed=2)

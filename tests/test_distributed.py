@@ -24,7 +24,7 @@ from torch import nn
 
 from vision_ssm import create_model, list_models, list_unets
 from vision_ssm.engine import Runner, commands, read_training
-from vision_ssm.engine.sharding import check_sharding, shard
+from vision_ssm.engine.sharding import _tensors_of, check_sharding, shard
 
 TRAIN = ROOT / "tools" / "train.py"
 LAST = "epoch_2.pth"
@@ -69,13 +69,15 @@ reference.load_state_dict(file)
 image = torch.randn(2, 1, 32, 32)
 with torch.no_grad(), gathered(model.eval()):  # in one process, as often as it likes
     found["alone"] = rank == 1 or all(torch.allclose(model(image), reference(image)) for _ in range(2))
-loop = loaded.val_loop
-if rank == 1:  # has fewer batches than the other
-    loader = loop.dataloader
-    loop.dataloader = torch.utils.data.DataLoader(loader.dataset, 2, sampler=[0, 1], collate_fn=loader.collate_fn)
 loaded.call_hook("before_train")
-found["validated"] = "top1" in loop.run()
-found["split again"] = all(isinstance(p, DTensor) for p in model.parameters())
+for kind in ("val", "test"):
+    loop = loaded.val_loop if kind == "val" else loaded.build_test_loop(loaded._test_loop)
+    if rank == 1:  # has fewer batches than the other
+        loader = loop.dataloader
+        loop.dataloader = torch.utils.data.DataLoader(loader.dataset, 2, sampler=[0, 1], collate_fn=loader.collate_fn)
+    model.register_buffer("seen", torch.tensor(rank + 1.0))
+    found[kind] = "top1" in loop.run() and all(isinstance(p, DTensor) for p in model.parameters())
+    found[f"{kind} with the buffers of the first process"] = model.seen.item() == 1
 
 
 def stepped(split, clip, **optimizer):
@@ -234,6 +236,23 @@ def test_one_process_goes_on_from_shared_parameters(runs, data, tmp_path):
     assert_alike(read_training(runs / "one" / LAST), read_training(tmp_path / LAST))
 
 
+def test_schedules_go_on_with_more_iterations(runs, data, tmp_path):
+    """One process has twice the iterations of two; learning rates are at the same part of training."""
+    rates = []
+    for name in ("unbroken", "resumed"):
+        cfg = quiet(data, tmp_path / name)
+        if name == "resumed":
+            cfg.update(resume=True, load_from=str(runs / "ddp" / "epoch_1.pth"), resume_anyway=True)
+        Runner.from_cfg(cfg).train()
+        state = read_training(tmp_path / name / LAST)
+        assert state["meta"]["iter"] == 2 * ITERATIONS
+        rates.append(state["history"]["iterations"][-ITERATIONS:, 2])
+        schedules = state["param_schedulers"]
+        assert all(schedule["_global_step"] == 2 * ITERATIONS for schedule in schedules)
+    assert len(rates[1].unique()) == ITERATIONS
+    assert torch.allclose(*rates, rtol=1e-5)
+
+
 def test_one_process_tests_what_shared_parameters_learned(runs, tmp_path, capsys):
     commands.test([str(runs / "noisy.py"), str(runs / "noisy" / LAST), "--work-dir", str(tmp_path)])
     best = read_training(runs / "noisy" / "best_top1.pth")["meta"]["value"]
@@ -247,7 +266,8 @@ def test_inside_of_the_processes(runs):
     assert len(found) == 2
     for process in found:
         assert process["sharded"] and process["loaded"] and process["alone"]
-        assert process["validated"] and process["split again"]
+        for kind in ("val", "test"):
+            assert process[kind] and process[f"{kind} with the buffers of the first process"]
         assert process["loss changed nothing"] and process["gradient changed nothing"]
         assert process["optimizers"] == []  # that do something else with parts
         whole, part = process["numbers"]
@@ -324,6 +344,10 @@ def test_parameters_that_cannot_be_split_are_named(alone):
         (dict(activation_checkpointing=["backbone"]), "activation_checkpointing"),
         (dict(optim_wrapper=dict(precision="fp16")), "use bf16"),
         (dict(optim_wrapper=dict(optimizer=dict(type="Adafactor"))), "the optimizer Adafactor was not tried"),
+        (dict(optim_wrapper=dict(optimizer=dict(type=torch.optim.Rprop))), "the optimizer Rprop was not tried"),
+        (dict(optim_wrapper=dict(optimizer=torch.optim.SGD([torch.zeros(1)]))), "the optimizer is an object"),
+        (dict(optim_wrapper=dict(type="mmengine.AmpOptimWrapper")), "use bf16"),
+        (dict(optim_wrapper=dict(clip_grad=dict(max_norm=1.0, norm_type="inf"))), "use norm_type=2"),
         (dict(custom_hooks=[EMAHook()]), 'type="EMAHook"'),
     ],
 )
@@ -334,6 +358,36 @@ def test_what_does_not_go_together_is_refused(changes, message, data, tmp_path):
     with pytest.raises(ValueError, match="cannot be used here, switch it off or:") as error:
         check_sharding(cfg, distributed=True)
     assert message in str(error.value) and str(error.value).count("\n") == 1
+
+
+def test_classes_in_the_place_of_names(data, tmp_path):
+    cfg = small_config(data, tmp_path)
+    cfg.optim_wrapper.optimizer.type = torch.optim.AdamW
+    check_sharding(cfg, distributed=True)
+
+
+def test_averages_have_parameters_that_two_layers_share_once():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    copy = _tensors_of(model)
+    assert [name for name, _ in copy.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert copy.state_dict().keys() == model.state_dict().keys() and copy.get_submodule("0").weight is not model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "message"),
+    [
+        (dict(WORLD_SIZE="2", TORCHELASTIC_RUN_ID="none"), [], "torchrun started 2 processes, each of which would do"),
+        ({}, ["--launcher", "pytorch"], "for processes that torchrun starts: torchrun --nproc_per_node=N"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other(environment, flags, message, data, tmp_path, capsys, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    small_config(data, tmp_path).dump(tmp_path / "small.py")
+    with pytest.raises(SystemExit):
+        commands.train([str(tmp_path / "small.py"), "--work-dir", str(tmp_path / "run"), *flags])
+    assert message in capsys.readouterr().err.replace("\n", " ") and not (tmp_path / "run").exists()
 
 
 def test_one_process_is_refused(data, tmp_path, capsys):

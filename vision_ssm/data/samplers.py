@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sized
 import numpy as np
 import torch
 from mmengine.dist import get_dist_info, sync_random_seed
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from vision_ssm.data.keywords import strict_keywords
 from vision_ssm.data.randomness import Draw
@@ -140,3 +140,38 @@ class RepeatedAugmentSampler(EpochSampler):
 
     def _index(self, order: np.ndarray, position: int) -> int:
         return int(order[int(position % self._copies // self.num_repeats)])
+
+
+@DATA_SAMPLERS.register_module()
+class AspectRatioBatchSampler(BatchSampler):
+    """Batches of images that are all wider than high or all not, as far as they go round.
+
+    Every process has as many batches as its number of images says, which mmdet's sampler of that name does not see to:
+    it drops one, full batch, if ``drop_last`` and nothing else is left at the end, and the other processes wait for it.
+
+    Args:
+        sampler: of a dataset with ``get_data_info(index)``, whose ``width`` and ``height`` count.
+        batch_size: images per batch.
+        drop_last: leave out the last batch if it is smaller.
+
+    Raises:
+        ValueError: `batch_size` is no positive integer, or `drop_last` no bool.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, drop_last: bool = False) -> None:
+        super().__init__(sampler, batch_size, drop_last)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        buckets: tuple[list[int], list[int]] = ([], [])
+        for index in self.sampler:
+            info = self.sampler.dataset.get_data_info(index)
+            bucket = buckets[info["width"] >= info["height"]]
+            bucket.append(index)
+            if len(bucket) == self.batch_size:
+                yield bucket[:]
+                bucket.clear()
+        rest = buckets[0] + buckets[1]
+        for start in range(0, len(rest), self.batch_size):
+            batch = rest[start : start + self.batch_size]
+            if len(batch) == self.batch_size or not self.drop_last:
+                yield batch

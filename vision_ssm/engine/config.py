@@ -193,8 +193,10 @@ def prepare(args: Namespace, default_work_dir: str) -> Config:
     """The config of a command line, with the common flags applied and the work dir checked.
 
     Raises:
-        UsageError: missing config, unknown option, work dir that cannot be written.
+        UsageError: missing config, unknown option, work dir that cannot be written, processes that do not know of each
+            other.
     """
+    _check_launcher(args.launcher)
     cfg = load_config(args.config)
     cfg.work_dir = str(check_work_dir(args.work_dir or cfg.get("work_dir") or default_work_dir))
     for key in args.cfg_options:
@@ -204,6 +206,20 @@ def prepare(args: Namespace, default_work_dir: str) -> Config:
         set_data_root(cfg, args.data_root)
     cfg.launcher = args.launcher
     return cfg
+
+
+def _check_launcher(launcher: str) -> None:
+    """Compare what was said of several processes with how this one was started."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if launcher == "none" and count > 1 and torch.distributed.is_torchelastic_launched():
+        raise UsageError(
+            f"torchrun started {count} processes, each of which would do all the work alone: add --launcher pytorch"
+        )
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        raise UsageError(
+            "--launcher pytorch is for processes that torchrun starts: torchrun --nproc_per_node=N tools/train.py ... "
+            "--launcher pytorch, or leave it out for one process"
+        )
 
 
 def prepare_training(args: Namespace) -> Config:

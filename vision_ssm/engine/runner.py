@@ -16,11 +16,11 @@ import numpy as np
 import timm
 import torch
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object, is_distributed, is_main_process
+from mmengine.dist import all_gather_object, broadcast, is_distributed, is_main_process
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, _ParamScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -373,7 +373,7 @@ class Runner(mmengine.runner.Runner):
                 )
             self.logger.warning(
                 f"Resuming although the config differs from that of {filename}:\n  {listed}\n"
-                "Learning rates, weight decay and schedules go on as in the checkpoint."
+                "Learning rates, weight decay and schedules go on as in the checkpoint, by the share of training done."
             )
         self._load_weights(checkpoint, filename)
         optimizer = checkpoint["optimizer"]
@@ -381,6 +381,7 @@ class Runner(mmengine.runner.Runner):
             optimizer = split_optimizer_state(optimizer, self.optim_wrapper.optimizer)
         self.optim_wrapper.load_state_dict(optimizer)
         saved = checkpoint.get("param_schedulers", [])
+        lengths = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
         for scheduler, state in zip(self.param_schedulers or [], saved, strict=not differences):
             scheduler.load_state_dict(state)
         unpack_messages(self.message_hub, checkpoint["message_hub"])
@@ -392,6 +393,8 @@ class Runner(mmengine.runner.Runner):
             position["batch"] = seen // (batch_size(self.train_dataloader) * self.world_size)
             if isinstance(self.train_loop, EpochTrainLoop):
                 position["iter"] = position["epoch"] * len(self.train_dataloader) + position["batch"]
+                for scheduler, own in zip(self.param_schedulers or [], lengths):
+                    _continue_schedule(scheduler, own, position["iter"])
         if isinstance(self.train_loop, ExactLoop):
             self.train_loop.restore(position, rng)
         else:
@@ -430,13 +433,19 @@ class Runner(mmengine.runner.Runner):
         super().register_hook(sharded_hook(hook) if self.cfg.get("fsdp") else hook, priority)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """As in mmengine. A sharded model is whole while it is validated: between the hooks before and those after,
-        of which some exchange or save its parameters."""
-        if fn_name == "after_val_epoch" and is_sharded(self.model):
+        """As in mmengine. A sharded model is whole while it is validated or tested: between the hooks before and those
+        after, of which some exchange or save its parameters. Running means are those of the first process then, which
+        are in the checkpoint."""
+        if fn_name in ("after_val_epoch", "after_test_epoch") and is_sharded(self.model):
             release(self.model)
         super().call_hook(fn_name, **kwargs)
-        if fn_name == "before_val_epoch" and is_sharded(self.model):
-            gather(self.model)
+        if fn_name in ("before_val_epoch", "before_test_epoch"):
+            saved = self.bare_model.state_dict().keys()
+            for name, buffer in self.bare_model.named_buffers():
+                if name in saved:
+                    broadcast(buffer)
+            if is_sharded(self.model):
+                gather(self.model)
 
     def train(self) -> nn.Module:
         """Train, and return the model."""
@@ -513,6 +522,18 @@ class Runner(mmengine.runner.Runner):
 
     def get_hooks_info(self) -> str:
         return "  " + ", ".join(type(hook).__name__ for hook in self.hooks)
+
+
+def _continue_schedule(scheduler: _ParamScheduler, own: dict[str, Any], iteration: int) -> None:
+    """Put a schedule of a checkpoint whose epochs had another number of iterations to where it is after `iteration` of
+    this run's; `own` is its state as the run's config has it."""
+    if scheduler.by_epoch:
+        return
+    for key in ("begin", "end", "T_max", "total_iters", "milestones", "step_size"):
+        if key in own:
+            setattr(scheduler, key, own[key])
+    scheduler._global_step = iteration
+    scheduler.last_step = max(min(iteration, scheduler.end - 1) - scheduler.begin, -1)
 
 
 def _without_pretrained(model: dict) -> dict:

@@ -1,6 +1,7 @@
 """FSDP: parameters, gradients and optimizer states are split over the processes of a run; weights come together block
 by block where they are needed. Checkpoints are those of every other run."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -56,18 +57,28 @@ def check_sharding(cfg: Any, distributed: bool) -> None:
     if not isinstance(wrapper, Mapping):
         problems.append("the optimizer is an object, which steps whole parameters: give the config of optim_wrapper")
         wrapper = {}
-    if wrapper.get("precision") == "fp16" or wrapper.get("type") == "AmpOptimWrapper":
+    if wrapper.get("precision") == "fp16" or _name(wrapper.get("type")) == "AmpOptimWrapper":
         problems.append(
             "the loss is scaled for fp16, which was not tried on parts of gradients: use bf16 (--amp bf16, "
             'optim_wrapper.type="vision_ssm.MixedPrecisionOptimWrapper")'
         )
-    optimizer = wrapper.get("optimizer", {}).get("type")
-    if optimizer is not None and str(optimizer).lower() not in OPTIMIZERS:
-        problems.append(f"the optimizer {optimizer} was not tried on parts of parameters: use {', '.join(OPTIMIZERS)}")
+    optimizer = wrapper.get("optimizer") or {}
+    if not isinstance(optimizer, Mapping):
+        problems.append("the optimizer is an object, which steps whole parameters: give the config of it")
+    elif "type" in optimizer and _name(optimizer["type"]).lower() not in OPTIMIZERS:
+        name = _name(optimizer["type"])
+        problems.append(f"the optimizer {name} was not tried on parts of parameters: use {', '.join(OPTIMIZERS)}")
+    if float((wrapper.get("clip_grad") or {}).get("norm_type", 2)) == math.inf:
+        problems.append("clip_grad takes the infinity norm, which an empty part of a gradient has not: use norm_type=2")
     for hook in cfg.get("custom_hooks") or []:
         if isinstance(hook, EMAHook):
             problems.append('the EMAHook is an object, which averages whole models: give it as dict(type="EMAHook")')
     _refuse(problems)
+
+
+def _name(kind: Any) -> str:
+    """Name of a class that a config gives, or names with or without its scope."""
+    return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
 
 
 def _refuse(problems: list[str]) -> None:
@@ -212,15 +223,16 @@ def _sharded(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _tensors_of(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+def _tensors_of(module: nn.Module, made: dict[Any, Any] | None = None) -> nn.Module:
     """A module without methods that has copies of the parameters and buffers of `module` under the same names."""
     made = {} if made is None else made  # what stands in several places is copied once, so that the order is the same
     if module in made:
         return made[module]
     copy = made[module] = nn.Module()
     for name, parameter in module._parameters.items():
-        own = None if parameter is None else nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        copy.register_parameter(name, own)
+        if parameter is not None and parameter not in made:
+            made[parameter] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        copy.register_parameter(name, None if parameter is None else made[parameter])
     for name, buffer in module._buffers.items():
         own = None if buffer is None else buffer.clone()
         copy.register_buffer(name, own, persistent=name not in module._non_persistent_buffers_set)

@@ -19,7 +19,7 @@ train_dataloader = dict(
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type="vision_ssm.EpochSampler", shuffle=True),
-    batch_sampler=dict(type="AspectRatioBatchSampler", drop_last=True),
+    batch_sampler=dict(type="vision_ssm.AspectRatioBatchSampler", drop_last=True),
     dataset=dict(
         type="CocoDataset",
         data_root=data_root,
