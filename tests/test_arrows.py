@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 
 from vision_ssm import list_models
 from vision_ssm.data import ArrowPointing, ImageFolder, UnreadableImageError, collate
-from vision_ssm.data.arrows import CLASSES, SPLITS
+from vision_ssm.data.arrows import CLASSES, SPLITS, draw_arrow
 from vision_ssm.data.prepare import main as prepare
 from vision_ssm.data.writing import PrepareError
 from vision_ssm.engine import ParameterGroups, Runner, commands
 from vision_ssm.engine.config import check_option
+from vision_ssm.engine.predict_command import predict
 from vision_ssm.factory import find_family
 from vision_ssm.registry import DATASETS
 
@@ -422,6 +423,19 @@ def test_test_command_evaluates_both_sizes(run, capsys):
             assert row["label"] == CLASSES[sample["label"]] and row["predicted"] == CLASSES[int(probability.argmax())]
             assert float(row["confidence"]) == pytest.approx(float(probability.max()), abs=1e-4)
     assert (folder / "test" / "predictions_384.png").exists()
+    assert "Classes of the first set" in printed and "confusion_matrix_384.png and predictions_384.png" in printed
+
+
+def test_predicted_pictures_keep_their_size(run, tmp_path, capsys):
+    folder, _ = run
+    file = tmp_path / "a.png"
+    draw_arrow(ArrowPointing("test_384").scene(0), 384).save(file)
+    arguments = [folder / "config.py", folder / "run" / "best_top1.pth", file, "--out", tmp_path / "p.png"]
+    arguments = [str(argument) for argument in arguments]
+    with pytest.raises(SystemExit):
+        predict(arguments)
+    assert "give --size 384 384" in capsys.readouterr().err
+    assert predict([*arguments, "--size", "384"]) == 0
 
 
 def test_run_that_is_resumed_equals_an_unbroken_one(run, tmp_path):

@@ -373,7 +373,7 @@ def test_what_is_not_published():
         with pytest.raises(ValueError, match=f"no official weights are published for it .model {name}."):
             vision_ssm.create_model(name, pretrained=True)
     for name in list_unets("*micro"):
-        with pytest.raises(ValueError, match="encoder_weights takes a file: none are published"):
+        with pytest.raises(ValueError, match=f"no weights are published for the encoder of {name}: name a file"):
             vision_ssm.create_model(name, encoder_weights=True)
 
 

@@ -49,6 +49,17 @@ def test_the_command_writes_the_picture_and_a_table(runs, tmp_path, capsys):
         assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 5
 
 
+def test_a_run_of_one_epoch_and_losses_close_together(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("vision_ssm.engine.run_curves.save", lambda figure, *_: drawn.append(figure))
+    write(tmp_path / "one", [dict(epoch=1, train_loss=0.6931, val_top1=50.0)])
+    write(tmp_path / "flat", [dict(epoch=1 + i, train_loss=0.69315 + i * 1e-7, val_top1=50.0) for i in range(4)])
+    draw_runs(read_runs([tmp_path / "one", tmp_path / "flat"]), ["top1"], tmp_path / "a.png")
+    loss = drawn[0].axes[0]
+    assert [line.get_marker() for line in loss.lines] == ["o", "None"]
+    assert not loss.yaxis.get_major_formatter().get_useOffset()
+
+
 def test_names_tell_runs_of_one_folder_name_apart(runs, tmp_path):
     assert [run.name for run in read_runs(runs)] == ["a/vim", "b/vim"]
     other = write(tmp_path / "other", history([0, 50]))

@@ -74,6 +74,7 @@ def test_files_are_those_of_timm(tmp_path):
     save_timm_folder(model, tmp_path / "ours")
     theirs, ours = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("theirs", "ours"))
     assert theirs == ours and load_file(tmp_path / "ours" / "model.safetensors").keys() == model.state_dict().keys()
+    assert len({file.stat().st_mode for file in (tmp_path / "ours").iterdir()}) == 1  # who reads one reads all
     loaded = vision_ssm.create_model("vmamba_micro", num_classes=4, pretrained=tmp_path / "ours" / "model.safetensors")
     assert same_weights(loaded, model)
 

@@ -21,8 +21,17 @@ from PIL import Image
 from vision_ssm import create_model, list_models, list_unets
 from vision_ssm.engine import commands, read_training
 from vision_ssm.engine.config import load_config
-from vision_ssm.engine.predict import Predictor, class_names, image_files, stored_transform
+from vision_ssm.engine.predict import (
+    Predictor,
+    class_names,
+    image_files,
+    model_from_file,
+    stored_config,
+    stored_keywords,
+    stored_transform,
+)
 from vision_ssm.engine.predict_command import predict
+from vision_ssm.weights import read_checkpoint
 
 TOOLS = ("train", "test", "predict", "list_models")
 
@@ -253,15 +262,63 @@ def test_cuda_graphs_without_a_gpu_say_what_is_missing(capsys, tmp_path, data):
 
 def test_weights_of_a_run_come_with_its_transform(trained, data, tmp_path):
     """By name, a checkpoint is seen through the transform that its run evaluated with, not through the variant's."""
-    cfg, meta = load_config(trained / "small.py"), read_training(trained / "best_top1.pth")["meta"]
-    weights = create_model("vmamba_micro", num_classes=3, in_chans=1).state_dict()
-    torch.save({"state_dict": weights, "meta": meta}, tmp_path / "run.pth")
+    cfg = load_config(trained / "small.py")
     by_config = Predictor.from_config(cfg, trained / "best_top1.pth")
-    by_name = Predictor.from_weights("vmamba_micro", tmp_path / "run.pth")
+    by_name = Predictor.from_weights("vmamba_micro", trained / "best_top1.pth")
     picture = Image.open(data / "val" / "rows" / "00.png")
     assert torch.equal(by_name.transform(picture), by_config.transform(picture)) and by_name.classes == CLASSES
     checkpoint = {"meta": {"cfg": "import os\nval_dataloader = dict(dataset=dict(transform=dict(crop_pct=open('x'))))\n"}}
     assert stored_transform(checkpoint) == {} and stored_transform({"meta": {"cfg": "a = ("}}) == {}
+    checkpoint["meta"]["cfg"] += "test_cfg = dict(also=dict({'384': dict(a=1)}, b=2))\n"  # as mmengine writes such keys
+    checkpoint["meta"]["cfg"] += "test_dataloader = dict(dataset=dict(transform=dict(input_size=192)))\n"
+    assert stored_transform(checkpoint) == dict(input_size=192)
+    assert stored_config(checkpoint)["test_cfg"] == dict(also={"384": dict(a=1), "b": 2})
+
+
+def test_weights_of_a_run_come_with_the_keywords_of_its_model(trained, data, tmp_path):
+    """By name, a checkpoint is that of the model that was trained, also where another would have the same shapes."""
+    cfg = load_config(trained / "small.py")
+    cfg.model.backbone.scan = dict(routes="cascade")
+    meta = {**read_training(trained / "best_top1.pth")["meta"], "cfg": cfg.pretty_text}
+    torch.manual_seed(0)
+    model = create_model(**{"name": "vmamba_micro", **cfg.model.backbone, "num_classes": 3})
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"state_dict": model.state_dict(), "meta": meta}, tmp_path / "run.pth")
+    files = image_files([data / "val"])[:3]
+    by_name = Predictor.from_weights("vmamba_micro", tmp_path / "run.pth")
+    assert by_name(files) == Predictor.from_config(cfg, tmp_path / "run.pth")(files)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "bare.pth")
+    bare, _ = model_from_file("vmamba_micro", tmp_path / "bare.pth", dims=8, depths=(1, 1))
+    assert len(bare.stages[0].blocks[0].mixer.core.routes.tables(4, 4)) == 1
+    overridden, _ = model_from_file("vmamba_micro", tmp_path / "run.pth", scan=dict(routes="snake"))
+    assert len(overridden.stages[0].blocks[0].mixer.core.routes.tables(4, 4)) == 1
+    assert stored_keywords(read_checkpoint(tmp_path / "run.pth"), "vim_micro") == {}
+
+
+def test_a_position_table_of_another_size_is_said(tmp_path, data, capsys):
+    torch.save(create_model("plstm_micro", num_classes=2, img_size=48).state_dict(), tmp_path / "a.pth")
+    arguments = ["--model", "plstm_micro", "--weights", tmp_path / "a.pth", "--out", tmp_path / "a.png", "--size", 64, 48]
+    predict([str(argument) for argument in (data / "val" / "rows" / "00.png", *arguments)])
+    captured = capsys.readouterr()
+    assert "a.pth is of another image size, position tables are resampled: pos_embed.table from (3, 3)" in captured.err
+
+
+def test_size_of_predicted_images(trained, data, tmp_path, capsys):
+    arguments = [trained / "small.py", trained / "best_top1.pth", data / "val" / "rows" / "00.png", "--out", tmp_path / "a.png"]
+    cfg = load_config(trained / "small.py")
+    sizes = [Predictor.from_config(cfg, trained / "best_top1.pth", size=size).transform(Image.new("L", (50, 50))).shape
+             for size in (None, (64, 40))]  # fmt: skip
+    assert [tuple(size) for size in sizes] == [(1, 32, 32), (1, 64, 40)]
+    assert predict([*map(str, arguments), "--size", "48"]) == 0
+    capsys.readouterr()
+    assert "--size takes one or two numbers" in fails(capsys, predict, *arguments, "--size", 0)
+    assert "Top 3 classes" not in fails(capsys, predict, *arguments, "--size", 1, 2, 3)
+
+
+def test_options_without_a_value(trained, capsys):
+    said = fails(capsys, commands.train, trained / "small.py", "--cfg-options", "model")
+    assert "--cfg-options takes KEY=VALUE, got 'model'" in said and "Traceback" not in said
 
 
 def test_test_refuses_other_classes(trained, data, tmp_path, capsys):

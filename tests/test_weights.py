@@ -163,6 +163,16 @@ def test_missing_file_names_its_neighbours(tmp_path):
         FileNotFoundError, match=r"no checkpoint file .*vmamba_tin.pth. Checkpoints in that folder: vmamba_tiny.pth"
     ):
         read_checkpoint(tmp_path / "vmamba_tin.pth")
+    with pytest.raises(FileNotFoundError, match=r"is a folder: name a file in it. Checkpoints in that folder: vmamba_tiny"):
+        read_checkpoint(tmp_path)
+
+
+def test_weights_of_another_variant_at_another_image_size(tmp_path):
+    """The size of the position table says nothing of the variant, as it is resampled."""
+    file = save(tmp_path, vision_ssm.create_model("plstm_vis_t", img_size=96).state_dict())
+    with pytest.raises(CheckpointError, match="the file fits plstm_vis_t, not plstm_micro") as error:
+        vision_ssm.load_weights(vision_ssm.create_model("plstm_micro"), file, adapt_input=True)
+    assert "adapted" not in str(error.value)
 
 
 def _truncated(path):
@@ -186,6 +196,7 @@ def _flipped(path):
         (lambda path: path.write_text("<!DOCTYPE html><html>"), "is a web page, not a checkpoint"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "is a git-lfs pointer"),
         (lambda path: path.write_bytes(b"some text that is no archive"), "truncated, corrupt, or no checkpoint"),
+        (lambda path: path.write_bytes(b"hello\n"), "no checkpoint: it is no file of PyTorch. Compare"),
         (
             lambda path: path.write_bytes(pickle.dumps([1, 2])),
             "truncated, corrupt, or no checkpoint|holds no state dict",

@@ -154,7 +154,7 @@ def encoder_file(
         return encoder_weights or None
     backbone = cls.encoder_of(name, overrides) if issubclass(cls, UNet) else None
     if backbone is None:
-        raise ValueError(f"encoder_weights takes a file: none are published for it (model {name})")
+        raise ValueError(f"no weights are published for the encoder of {name}: name a file of them, or leave them out")
     return fetch_weights(find_family(backbone), backbone, cache_dir=cache_dir)
 
 

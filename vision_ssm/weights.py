@@ -128,11 +128,10 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
     """
     path = Path(file)
     if not path.is_file():
-        near = [
-            other.name for other in path.parent.glob("*") if other.suffix in (".pth", ".pt", ".safetensors", ".bin")
-        ]
+        folder, what = (path, "folder: name a file in it") if path.is_dir() else (path.parent, "")
+        near = [other.name for other in folder.glob("*") if other.suffix in (".pth", ".pt", ".safetensors", ".bin")]
         listing = f" Checkpoints in that folder: {_preview(sorted(near))}." if near else ""
-        raise FileNotFoundError(f"no checkpoint file {path}.{listing}")
+        raise FileNotFoundError(f"{path} is a {what}.{listing}" if what else f"no checkpoint file {path}.{listing}")
     with path.open("rb") as opened:
         head = opened.read(512)
     if not head:
@@ -175,6 +174,8 @@ def _read_torch(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, KeyError):  # a byte that is no instruction of the pickle format
+        return "it is no file of PyTorch"
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
@@ -282,7 +283,8 @@ def _explain_misfit(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> 
             changed = f"this one with another {', '.join(changes)}"
             return f"the file fits {name}, not {changed if name == model.variant else model.variant or 'this model'}"
     return (
-        "no variant of the family fits it exactly; import_official() builds a model from the original hyperparameters"
+        "no variant of the family fits it exactly: give create_model the keywords that its model was built with, or "
+        "import_official() the hyperparameters of an original"
     )
 
 
@@ -294,8 +296,18 @@ def _fits(model: ModelFamily, tensors: Mapping[str, torch.Tensor], wanted: Colle
         return False
 
 
+def is_position_table(key: str, value: torch.Tensor) -> bool:
+    """Whether a tensor of a state dict has an embedding for every cell of a grid, (1, C, H, W)."""
+    return key.endswith("pos_embed.table") and value.ndim == 4
+
+
 def _shapes(tensors: Mapping[str, torch.Tensor], prefixes: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in tensors.items() if key.startswith(prefixes)}
+    """Shapes by name; of position tables without the grid, which is resampled."""
+    return {
+        key: tuple(value.shape[:2] if is_position_table(key, value) else value.shape)
+        for key, value in tensors.items()
+        if key.startswith(prefixes)
+    }
 
 
 def _num_classes(model: ModelFamily, tensors: Mapping[str, torch.Tensor]) -> int:
@@ -355,11 +367,11 @@ def load_state_dict(
                 report.unexpected.append(key)
             continue
         target = wanted[key]
-        if key.endswith("pos_embed.table") and value.ndim == 4 and value.shape[:2] == target.shape[:2]:
+        if is_position_table(key, value) and value.shape[:2] == target.shape[:2]:
             if value.shape != target.shape:
                 report.resampled.append((key, tuple(value.shape[2:]), tuple(target.shape[2:])))
             value = resample_position_table(value, *target.shape[2:])
-        if adapt_input and key == f"{first_conv}.weight" and value.shape != target.shape and value.shape[1] == 3:
+        if adapt_input and key == f"{first_conv}.weight" and value.shape[1] == 3 != target.shape[1]:
             value = adapt_input_conv(target.shape[1], value)
             report.adapted.append(key)
         if value.shape != target.shape:

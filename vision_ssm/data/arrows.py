@@ -147,6 +147,8 @@ class ArrowPointing(Dataset):
     """
 
     channels = 3
+    keeps_size = True
+    """Whether another size of a picture would change what it shows."""
 
     def __init__(
         self,

@@ -193,9 +193,10 @@ def test(argv: Sequence[str] | None = None) -> int:
     with clear_errors():
         metrics = runner.test()
         if runner.rank == 0:
-            further = getattr(runner.test_loop, "others", {}).values()
-            evaluators = (runner.test_evaluator, *(evaluator for _, evaluator in further))
-            _report_test(metrics, [find_evaluation(evaluator) for evaluator in evaluators], cfg.work_dir, args.out)
+            further = getattr(runner.test_loop, "others", {}).items()
+            evaluators = {"": runner.test_evaluator, **{f"_{name}": evaluator for name, (_, evaluator) in further}}
+            found = {ending: find_evaluation(evaluator) for ending, evaluator in evaluators.items()}
+            _report_test(metrics, found, cfg.work_dir, args.out)
             volumes = find_volumes(runner.test_evaluator)
             if volumes is not None:
                 _report_volumes(volumes, cfg.work_dir, args.out)
@@ -220,20 +221,24 @@ def check_tested_classes(checkpoint: str, num_classes: int, dataset: Any) -> Non
     )
 
 
-def _report_test(metrics: dict, evaluations: list[Evaluation | None], work_dir: str, out: str | None) -> None:
-    """Print the metrics of all sets and the classes of the first; the file `out` gets the images of all."""
+def _report_test(metrics: dict, evaluations: dict[str, Evaluation | None], work_dir: str, out: str | None) -> None:
+    """Print the metrics of all sets and the classes of the first; the file `out` gets the images of all.
+
+    Names of `evaluations` are the endings of the files that were drawn of them.
+    """
     console = wide_console()
     table = Table("metric", "value", title="Test")
     for name, value in metrics.items():
         if name not in ("data_time", "time"):
             table.add_row(name, f"{value:.4f}" if name.endswith("entropy") else format_metric(value))
     console.print(table)
-    found = [evaluation for evaluation in evaluations if evaluation is not None]
+    found = {ending: evaluation for ending, evaluation in evaluations.items() if evaluation is not None}
     if not found:
         return
-    evaluation = found[0]
+    evaluation = next(iter(found.values()))
     rows = sorted(evaluation.per_class(), key=lambda row: (row["images"] == 0, row["accuracy"]))
-    table = Table("class", "images", "accuracy, %", "most taken for", title="Classes, the worst first")
+    which = " of the first set" if len(found) > 1 else ""
+    table = Table("class", "images", "accuracy, %", "most taken for", title=f"Classes{which}, the worst first")
     for row in rows[:10]:
         names = escape(row["name"]), escape(row["mistaken_for"])
         table.add_row(names[0], str(row["images"]), f"{row['accuracy']:.2f}", names[1])
@@ -242,11 +247,13 @@ def _report_test(metrics: dict, evaluations: list[Evaluation | None], work_dir: 
         with open(out, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.writer(file)
             writer.writerow(("path", "label", "predicted", "confidence", "correct"))
-            for prediction in (prediction for each in found for prediction in each.predictions):
+            for prediction in (prediction for each in found.values() for prediction in each.predictions):
                 names = (evaluation.classes[prediction.label], evaluation.classes[prediction.predicted])
                 writer.writerow((prediction.path, *names, f"{prediction.confidence:.6f}", int(prediction.rank == 0)))
         console.print(f"One line per image: {out}", soft_wrap=True)
-    console.print(f"per_class.csv, confusion_matrix.png and predictions.png: {work_dir}", soft_wrap=True)
+    for ending in found:
+        written = f"per_class{ending}.csv, confusion_matrix{ending}.png and predictions{ending}.png"
+        console.print(f"{written}: {work_dir}", soft_wrap=True)
 
 
 def _report_volumes(evaluation: VolumeEvaluation, work_dir: str, out: str | None) -> None:

@@ -172,6 +172,16 @@ def _moved(value: Any, old: str, new: str) -> Any:
     return value
 
 
+class KeyValues(DictAction):
+    """Values of a flag as a dict, each of which is ``KEY=VALUE``."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"{option_string} takes KEY=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_common_flags(parser: ArgumentParser) -> None:
     """Flags that training and testing share."""
     parser.add_argument("--work-dir", metavar="DIR", help="folder for everything that is written")
@@ -180,7 +190,7 @@ def add_common_flags(parser: ArgumentParser) -> None:
         help="folder of the data: DIR/train/CLASS/*, DIR/val/CLASS/* for classification; else in the config's layout",
     )  # fmt: skip
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, default={}, metavar="KEY=VALUE",
+        "--cfg-options", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE",
         help="change the config, for example optim_wrapper.optimizer.lr=2e-3 train_cfg.max_epochs=5",
     )  # fmt: skip
     parser.add_argument(

@@ -266,6 +266,8 @@ def draw_top(pictures: Sequence[tuple[str, Sequence[tuple[str, float]]]], path: 
         row, column = divmod(index, columns)
         left, right = grid[row, 2 * column], grid[row, 2 * column + 1]
         left.imshow(np.asarray(open_picture(file, size=320)))
+        left.add_patch(Rectangle((0, 0), 1, 1, transform=left.transAxes, fill=False, edgecolor=MUTED, linewidth=0.8,
+                                 clip_on=False))  # fmt: skip
         left.set_title(_short(Path(file).name, 28), fontsize=9, color=MUTED, loc="left")
         right.set_axis_on()
         style(right, "")

@@ -3,6 +3,7 @@
 import ast
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from vision_ssm.data import EXTENSIONS, UnreadableImageError, build_transform, load_image, transform_settings
 from vision_ssm.factory import create_model, find_family, list_models
-from vision_ssm.registry import MODELS
+from vision_ssm.published import split_tag
+from vision_ssm.registry import DATASETS, MODELS
 from vision_ssm.weights import load_weights, read_checkpoint, unwrap
 
 from .config import UsageError, checked_device
@@ -53,28 +55,47 @@ def stored_class_names(checkpoint: Any, count: int) -> tuple[str, ...] | None:
     return tuple(stored) if count and len(stored) == count else None
 
 
-def stored_transform(checkpoint: Any) -> dict[str, Any]:
-    """Keywords of `build_transform` with which the run of a checkpoint evaluated; none for other files.
+def stored_config(checkpoint: Any) -> dict[str, Any]:
+    """The config of the run that a checkpoint comes from, as far as it is data; nothing for other files.
 
-    The config in a checkpoint is text. It is read as data, and not run.
+    It is text in the checkpoint, which is read and not run.
     """
     meta = checkpoint.get("meta") if isinstance(checkpoint, dict) else None
     text = meta.get("cfg") if isinstance(meta, dict) else None
-    if not isinstance(text, str):
-        return {}
+    parts: dict[str, Any] = {}
     try:
-        parts = {node.targets[0].id: _literal(node.value) for node in ast.parse(text).body}  # type: ignore[attr-defined]
-    except (SyntaxError, ValueError, AttributeError):
+        statements = ast.parse(text).body if isinstance(text, str) else []
+    except SyntaxError:
         return {}
+    for node in statements:
+        with suppress(ValueError, AttributeError):
+            parts[node.targets[0].id] = _literal(node.value)  # type: ignore[attr-defined]
+    return parts
+
+
+def stored_keywords(checkpoint: Any, name: str) -> dict[str, Any]:
+    """Keywords of `create_model` with which the run of a checkpoint built the variant `name`; none for other files."""
+    model = stored_config(checkpoint).get("model")
+    for part in ("backbone", "unet"):
+        options = model.get(part) if isinstance(model, dict) else None
+        if isinstance(options, dict) and split_tag(str(options.get("name")))[0] == split_tag(name)[0]:
+            return {key: value for key, value in options.items() if key not in ("name", "encoder_weights")}
+    return {}
+
+
+def stored_transform(checkpoint: Any) -> dict[str, Any]:
+    """Keywords of `build_transform` with which the run of a checkpoint evaluated; none for other files."""
+    parts = stored_config(checkpoint)
     loader = parts.get("test_dataloader") or parts.get("val_dataloader") or {}
     transform = loader.get("dataset", {}).get("transform")
     return dict(transform) if isinstance(transform, dict) else {}
 
 
 def _literal(node: ast.expr) -> Any:
-    """The value of an expression of literals and ``dict(key=...)``; `ValueError` for any other."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    """The value of an expression of literals, ``dict(key=...)`` and ``dict({...})``; `ValueError` for any other."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        given = [_literal(argument) for argument in node.args]  # mmengine writes keys so that are no names
+        return dict(*given, **{str(keyword.arg): _literal(keyword.value) for keyword in node.keywords})
     if isinstance(node, ast.Dict):
         return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values, strict=True) if key}
     if isinstance(node, ast.List | ast.Tuple):
@@ -105,8 +126,9 @@ def weights_form(name: str, tensors: Mapping[str, Tensor]) -> tuple[int | None, 
 def model_from_file(name: str, weights: str | Path, *, verbose: bool = False, **overrides: Any) -> tuple[Any, Any]:
     """Model `name` with the weights of a file, official or ours, and what the file holds.
 
-    Classes and channels are those of the file unless `overrides`, keywords of `create_model`, say otherwise. Without a
-    classifier in the file, a backbone is built for its maps alone. `verbose` prints the report on all keys.
+    Keywords are those of the run that the file comes from, and classes and channels those of its weights, unless
+    `overrides`, keywords of `create_model`, say otherwise. Without a classifier in the file, a backbone is built for
+    its maps alone. `verbose` prints the report on all keys; else a warning says what was resampled.
     """
     checkpoint = read_checkpoint(weights)
     with torch.device("meta"):
@@ -115,8 +137,11 @@ def model_from_file(name: str, weights: str | Path, *, verbose: bool = False, **
     found = {key: value for key, value in (("num_classes", classes), ("in_chans", channels)) if value is not None}
     if classes is None and name in list_models() and not sketch.features_only:
         found["features_only"] = True
-    model = create_model(name, **{**found, **overrides})
-    load_weights(model, weights, verbose=verbose)
+    model = create_model(name, **{**found, **stored_keywords(checkpoint, name), **overrides})
+    report = load_weights(model, weights, verbose=verbose)
+    if report.resampled and not verbose:
+        tables = ", ".join(f"{key} from {old} to {new}" for key, old, new in report.resampled)
+        warnings.warn(f"{weights} is of another image size, position tables are resampled: {tables}", stacklevel=2)
     return model, checkpoint
 
 
@@ -129,7 +154,12 @@ class Predictor:
         channels: channels of the images, 1 or 3.
         classes: name of each class.
         device: where to compute; a GPU if there is one by default.
+
+    Attributes:
+        only_size: height and width that images must have, where another size would change what they show.
     """
+
+    only_size: tuple[int, int] | None = None
 
     def __init__(
         self, model: nn.Module, transform: Any, channels: int, classes: Sequence[str], device: str | None = None
@@ -141,8 +171,13 @@ class Predictor:
         self.classes = tuple(classes)
 
     @classmethod
-    def from_config(cls, cfg: Config, checkpoint: str | Path, device: str | None = None) -> "Predictor":
-        """The model of a config with the weights of one of its checkpoints, and the transform of its validation."""
+    def from_config(
+        cls, cfg: Config, checkpoint: str | Path, device: str | None = None, size: Sequence[int] | None = None
+    ) -> "Predictor":
+        """The model of a config with the weights of one of its checkpoints, and the transform of its validation.
+
+        `size`, height and width of the images for the model, goes before that of the transform.
+        """
         options = cfg.get("model", {})
         if options.get("type") != "vision_ssm.ImageClassifier":
             raise UsageError(f"prediction needs a config of an ImageClassifier, this one is of {options.get('type')!r}")
@@ -150,19 +185,33 @@ class Predictor:
         load_classifier(classifier.backbone, checkpoint)
         dataset = (cfg.get("test_dataloader") or cfg.val_dataloader).dataset
         channels = dataset.get("channels", 3)
-        transform = build_transform(**{"channels": channels, **dataset.transform})
+        settings = {"channels": channels, **dataset.transform}
+        if size is not None:
+            settings["input_size"] = tuple(size)
+        transform = build_transform(**settings)
         classes = class_names(read_checkpoint(checkpoint), classifier.num_classes)
-        return cls(classifier.backbone, transform, channels, classes, device)
+        predictor = cls(classifier.backbone, transform, channels, classes, device)
+        if getattr(DATASETS.get(dataset.type), "keeps_size", False):
+            side = settings["input_size"]
+            predictor.only_size = (side, side) if isinstance(side, int) else tuple(side)
+        return predictor
 
     @classmethod
-    def from_weights(cls, name: str, weights: str | Path, device: str | None = None) -> "Predictor":
-        """Model `name` with a weight file, official or ours; classes and channels are those of the file."""
+    def from_weights(
+        cls, name: str, weights: str | Path, device: str | None = None, size: Sequence[int] | None = None
+    ) -> "Predictor":
+        """Model `name` with a weight file, official or ours; classes and channels are those of the file.
+
+        `size`, height and width of the images for the model, goes before that of the transform.
+        """
         find_family(name)  # a backbone, or an error that names some
         model, checkpoint = model_from_file(name, weights)
         if not model.num_classes:
             raise UsageError(f"{weights} holds no classifier of {name}, so there is nothing to predict with")
         settings = dict(train=False, **transform_settings(model, model.in_chans))
         settings.update(stored_transform(checkpoint))  # what a run evaluated with goes before what the variant has
+        if size is not None:
+            settings["input_size"] = tuple(size)
         classes = class_names(checkpoint, model.num_classes)
         return cls(model, build_transform(**settings), model.in_chans, classes, device)
 
@@ -173,6 +222,9 @@ class Predictor:
         """The `top` most probable classes of each image, as {file: [(class, probability), ...]}.
 
         Unreadable images are left out with a warning each.
+
+        Raises:
+            UsageError: an image of another size than `only_size`.
         """
         top = min(top, len(self.classes))
         results: dict[str, list[tuple[str, float]]] = {}
@@ -180,10 +232,17 @@ class Predictor:
             names, images = [], []
             for file in files[start : start + batch_size]:
                 try:
-                    images.append(self.transform(load_image(str(file), self.channels)))
+                    image = load_image(str(file), self.channels)
                 except UnreadableImageError as error:
                     warnings.warn(f"{error}; left out", stacklevel=2)
                     continue
+                if self.only_size not in (None, image.size[::-1]):
+                    raise UsageError(
+                        f"{file} has {image.size[1]} x {image.size[0]} pixels, the model would get it in"
+                        f" {' x '.join(map(str, self.only_size))}, and pictures of this kind change with their size:"
+                        f" give --size {image.size[1]} {image.size[0]}"
+                    )
+                images.append(self.transform(image))
                 names.append(str(file))
             if not images:
                 continue

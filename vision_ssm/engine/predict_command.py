@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -40,6 +41,10 @@ def predict(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("inputs", nargs="+", metavar="[CONFIG CHECKPOINT] IMAGE_OR_FOLDER", help="what to look at")
     parser.add_argument("--model", metavar="NAME", help="name of the model, instead of a config (see list_models.py)")
     parser.add_argument("--weights", metavar="FILE", help="weight file for --model, official or of a training run")
+    parser.add_argument(
+        "--size", type=int, nargs="+", metavar="PIXELS",
+        help="classification: side, or height and width, of the images for the model (default: as evaluated)",
+    )  # fmt: skip
     parser.add_argument("--top", type=int, default=5, help="classes per image (default 5)")
     parser.add_argument("--score", type=float, default=0.3, help="detection: least score shown (default %(default)s)")
     parser.add_argument(
@@ -64,16 +69,21 @@ def predict(argv: Sequence[str] | None = None) -> int:
         parser.error("--model and --weights belong together")
     if args.top < 1:
         parser.error("--top must be at least 1")
+    if args.size is not None and (len(args.size) > 2 or min(args.size) < 1):
+        parser.error("--size takes one or two numbers of pixels, at least 1")
+    size = args.size and (args.size[0], args.size[-1])
     with clear_errors(BUILDING):
         if args.model is not None:
             check_medical_flags(args, args.model)
-            predictor = Predictor.from_weights(args.model, args.weights, args.device)
+            predictor = _warned(lambda: Predictor.from_weights(args.model, args.weights, args.device, size))
             inputs = args.inputs
         else:
             if len(args.inputs) < (2 if args.volume else 3):
                 parser.error("expected CONFIG CHECKPOINT IMAGES, or --model NAME --weights FILE IMAGES")
             config, checkpoint, *inputs = args.inputs
             cfg = load_config(config)
+            if size is not None and cfg.model.type != "vision_ssm.ImageClassifier":
+                raise UsageError(f"--size is for classification; the model of this config is {cfg.model.type}")
             checkpoint = find_checkpoint(checkpoint, cfg, config)
             if cfg.model.type == "vision_ssm.MedicalSegmentor":
                 pictures = image_files(inputs) if inputs else []
@@ -86,11 +96,12 @@ def predict(argv: Sequence[str] | None = None) -> int:
                 raise UsageError(f"--boxes is for pose estimation; the model of this config is {cfg.model.type}")
             if dense_task(cfg) is not None:
                 return _predict_dense(DensePredictor(cfg, checkpoint, args.device), image_files(inputs), args)
-            predictor = Predictor.from_config(cfg, checkpoint, args.device)
+            predictor = Predictor.from_config(cfg, checkpoint, args.device, size)
         files = image_files(inputs)
         check_place(args.out)
         results = _results(lambda: predictor(files, args.top))
-        figures.draw_top(list(results.items())[:MOST_DRAWN], args.out, f"Top {args.top} classes")
+        title = f"Top {min(args.top, len(predictor.classes))} classes"
+        figures.draw_top(list(results.items())[:MOST_DRAWN], args.out, title)
     console = wide_console()
     if len(results) == 1:
         ((file, top),) = results.items()
@@ -108,13 +119,19 @@ def predict(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _results(predict: Callable[[], dict]) -> dict:
-    """What `predict` returns, its warnings printed; `UsageError` if that is nothing."""
+def _warned(call: Callable[[], Any]) -> Any:
+    """What `call` returns, its warnings printed."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        results = predict()
+        result = call()
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
+    return result
+
+
+def _results(predict: Callable[[], dict]) -> dict:
+    """What `predict` returns, its warnings printed; `UsageError` if that is nothing."""
+    results = _warned(predict)
     if not results:
         raise UsageError("none of the images could be read")
     return results

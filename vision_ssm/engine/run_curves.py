@@ -139,9 +139,12 @@ def _draw_panel(axes: Axes, runs: Sequence[Run], key: str, title: str, **options
     style(axes, title)
     for number, run in enumerate(runs):
         look = dict(color=COLORS[number % len(COLORS)], linestyle=STYLES[number // len(COLORS)])
-        axes.plot(*run.series(key), label=run.name, linewidth=1.8, **look, **options)  # type: ignore[arg-type]
+        epochs, values = run.series(key)
+        point = dict(marker="o", markersize=3) if len(epochs) == 1 else {}  # no line goes through one
+        axes.plot(epochs, values, label=run.name, linewidth=1.8, **{**point, **look, **options})  # type: ignore[arg-type]
     axes.set_xlabel("epoch", color=MUTED, fontsize=9)
     axes.set_xlim(left=0)
+    axes.ticklabel_format(axis="y", useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 

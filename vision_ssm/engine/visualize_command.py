@@ -262,7 +262,9 @@ def _attn(args: argparse.Namespace) -> list[Path]:
         else:
             show(row[0], strength.numpy(), f"cell {cell[0]}, {cell[1]}: {text}", cmap="turbo", vmin=0, vmax=1)
         for axis in row:
-            axis.plot([x_], [y], marker="s", markersize=6, markerfacecolor="none", markeredgecolor="white")
+            for width, color in ((3, "black"), (1, "white")):  # seen on any picture
+                axis.plot([x_], [y], "s", markersize=6, markerfacecolor="none", markeredgecolor=color,
+                          markeredgewidth=width)  # fmt: skip
     save(figure, out, args.dpi)
     return [out]
 
@@ -271,7 +273,9 @@ def _filters(args: argparse.Namespace) -> list[Path]:
     out = _output(args)
     subject = _subject(args)
     layers = list(islice(find_kernels(subject.model, args.layers), 12))
-    title = f"Kernels of {subject.name}, {_weights(subject)}; red above 0, blue below, each scaled by itself"
+    grey = any(kernels.shape[1] == 1 for _, kernels in layers)
+    signs = "red above 0, blue below, " if grey else ""
+    title = f"Kernels of {subject.name}, {_weights(subject)}; {signs}each scaled by itself"
     draw_kernels(layers, out, title, args.most, args.dpi)
     return [out]
 

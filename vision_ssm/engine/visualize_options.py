@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 from vision_ssm.analysis.feature_pictures import REDUCTIONS
 from vision_ssm.analysis.receptive_field import MEASURES
 
+from .config import KeyValues
 from .console import command_parser
 
 FOLDER = Path("visualizations")
@@ -59,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     def add_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--options", nargs="+", action=DictAction, metavar="KEY=VALUE", default={},
+        sub.add_argument("--options", nargs="+", action=KeyValues, metavar="KEY=VALUE", default={},
                          help="keywords of the model, such as scan=plstm, or of the scan or routes")  # fmt: skip
 
     def add_model(sub: argparse.ArgumentParser, images: str | None, name: str = "MODEL") -> None:

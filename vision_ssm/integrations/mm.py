@@ -140,7 +140,9 @@ def check_weights(variant: str, init_cfg: Any) -> dict[str, Any] | None:
         source = f"Download {origin} and name"
         if points_to_file(origin):
             source = f"Let it be downloaded, --cfg-options {_DOWNLOADED}, or download {origin} and name"
-    what = "is a link, not a file" if re.match(r"\w+://", str(found.file)) else "does not exist"
+    what = "is a folder, not a file" if os.path.isdir(found.file) else "does not exist"
+    if re.match(r"\w+://", str(found.file)):
+        what = "is a link, not a file"
     raise FileNotFoundError(
         f"no pretrained weights for {variant}: {found.file} {what}. {source} the file in"
         f" model.backbone.init_cfg.checkpoint, or start from scratch: {FROM_SCRATCH}"

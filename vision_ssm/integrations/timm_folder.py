@@ -65,6 +65,8 @@ def save_timm_folder(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:  # so that no half-written model can be left
         save_for_hf(_contiguous(model), made, model_config=settings, model_args=arguments, safe_serialization=True)
         for name in files:
+            # safetensors lets nobody else read its files
+            (Path(made) / name).chmod((Path(made) / "config.json").stat().st_mode)
             shutil.move(Path(made) / name, folder / name)
     return folder
 
