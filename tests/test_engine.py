@@ -159,12 +159,18 @@ def test_optimizers_of_torch_and_timm(classifier, name):
     assert {group["weight_decay"] for group in wrapper.optimizer.param_groups} == {0.0, 0.05}
 
 
+def test_an_optimizer_may_be_given_as_a_class(classifier):
+    assert type(build_wrapper(classifier, dict(type=torch.optim.NAdam, lr=1e-3)).optimizer) is torch.optim.NAdam
+
+
 @pytest.mark.parametrize(
     ("optimizer", "paramwise", "error", "message"),
     [
         (dict(type="AdanW", lr=1e-3), None, ValueError, "unknown optimizer 'AdanW'. Did you mean 'AdamW'"),
         (dict(type="AdamW", lr=1e-3), dict(layer_deacy=0.5), TypeError, "layer_deacy.*Did you mean 'layer_decay'"),
         (dict(type="AdamW"), None, ValueError, "needs a learning rate"),
+        (dict(type="AdamW", lr="abc"), None, TypeError, "optim_wrapper.optimizer.lr takes a number, got 'abc'"),
+        (dict(type="AdamW", lr=1e-3, weight_decay=[1]), None, TypeError, r"optimizer.weight_decay takes a number, got \[1\]"),
     ],
 )
 def test_wrong_optimizers(classifier, optimizer, paramwise, error, message):

@@ -4,6 +4,7 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import timm.optim
@@ -139,8 +140,13 @@ def groups_table(groups: list[dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """Optimizer of torch (``"AdamW"``) or of timm (``"lamb"``) by name; `ValueError` with suggestions otherwise."""
+def optimizer_class(name: str | type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """Optimizer of torch (``"AdamW"``) or of timm (``"lamb"``) by name; `ValueError` with suggestions otherwise.
+
+    A class is itself.
+    """
+    if not isinstance(name, str):
+        return name
     found = OPTIMIZERS.module_dict.get(name)
     if found is not None:
         return found
@@ -165,6 +171,10 @@ class ParameterGroups:
         check_keywords(parameter_groups, set(self.options), "paramwise_cfg")
         if "lr" not in self.optimizer_cfg:
             raise ValueError("optim_wrapper.optimizer needs a learning rate: lr=...")
+        for key in ("lr", "weight_decay"):
+            value = self.optimizer_cfg.get(key, 0.0)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"optim_wrapper.optimizer.{key} takes a number, got {value!r}")
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
         bare: Any = model.module if is_model_wrapper(model) else model
