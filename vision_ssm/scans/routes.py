@@ -401,9 +401,9 @@ class Compose(Routes):
 
     def orders(self, height, width, device=None):
         orders = [family.orders(height, width, device) for family in self.families]
-        lengths = {order.shape[1] for order in orders}
-        if len(lengths) > 1:
-            raise ValueError(f"routes of different lengths cannot run in one scan: {self} has {sorted(lengths)} steps")
+        lengths = [order.shape[1] for order in orders]  # no set: they may be those of a trace
+        if any(length != lengths[0] for length in lengths):
+            raise ValueError(f"routes of different lengths cannot run in one scan: {self} has {lengths} steps")
         return torch.cat(orders)  # (sum of K, T)
 
     def route_names(self):
