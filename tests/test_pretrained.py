@@ -103,7 +103,7 @@ def test_backbones_of_dense_models_take_them_too(cache, monkeypatch):
         (lambda: MedicalSegmentor(dict(name="vmunet_isic"), num_classes=1, loss={}, pretrained="no.pth"),
          FileNotFoundError, "no weight file no.pth for vmunet_isic: .*True for the published weights"),
         (lambda: MedicalSegmentor(dict(name="plain_unet_micro"), num_classes=1, loss={}, pretrained=True),
-         ValueError, "none are published"),
+         ValueError, "no weights are published for the encoder of plain_unet_micro"),
         (lambda: TopDownPose(dict(name="vmamba_micro", out_indices=(3,)), pretrained="no.pth"), FileNotFoundError,
          "no weight file no.pth for vmamba_micro"),
         (lambda: classifier(reset_head=True), ValueError, "set pretrained=FILE, or True, as well"),

@@ -310,7 +310,7 @@ def test_forms_of_the_decoder(options):
         (lambda: vision_ssm.create_model("vmunet_micro", decoder_depths=(1, 1)), ValueError, "one entry per stage"),
         (lambda: vision_ssm.create_model("msvmunet_micro", decoder_depths=(1, 1, 1, 1)), ValueError, "one entry fewer than depths"),
         (lambda: vision_ssm.create_model("vmunet_isic", pretrained=True), ValueError, "no official weights are published"),
-        (lambda: vision_ssm.create_model("vmunet_micro", encoder_weights=True), ValueError, "none are published for it"),
+        (lambda: vision_ssm.create_model("vmunet_micro", encoder_weights=True), ValueError, "no weights are published for the encoder of"),
         (lambda: vision_ssm.create_model("vmunet_isic", encoder_weights="a", pretrained="b"), ValueError, "give one of the two"),
         (lambda: vision_ssm.create_model("vmunet_micro", pretrained="no.pth"), FileNotFoundError, "no checkpoint file no.pth"),
         (lambda: vision_ssm.create_model("vmunet_micro", encoder_weights="no.pth"), FileNotFoundError, "no checkpoint file no.pth"),
