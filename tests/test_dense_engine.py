@@ -25,6 +25,7 @@ from PIL import Image
 from vision_ssm.engine import Runner, SampleDrawer, commands, read_training
 from vision_ssm.engine.config import UsageError, set_data_root
 from vision_ssm.engine.dense import LEAST_SIDE
+from vision_ssm.engine.dense_checks import check_batches
 from vision_ssm.engine.predict_command import predict
 
 EXACT = ("state_dict", "optimizer", "param_schedulers", "history", "rng")
@@ -200,6 +201,22 @@ def failing(capsys, cfg: Config, folder: Path, *flags: str) -> str:
         commands.train([str(folder / "broken.py"), *flags])
     assert not list(folder.rglob("*.pth"))
     return capsys.readouterr().err
+
+
+def test_batches_that_processes_would_wait_for(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")  # as torchrun does
+    cfg = detection_config(pictures, tmp_path)
+    for kind, drop_last, refused in (
+        ("AspectRatioBatchSampler", True, True), ("AspectRatioBatchSampler", False, False),
+        ("vision_ssm.AspectRatioBatchSampler", True, False),
+    ):  # fmt: skip
+        cfg.train_dataloader.batch_sampler = dict(type=kind, drop_last=drop_last)
+        cfg.launcher = "pytorch"
+        if refused:
+            said = failing(capsys, cfg, tmp_path, "--launcher", "pytorch")
+            assert "and the others wait for it: use type='vision_ssm.AspectRatioBatchSampler'" in said
+        else:
+            check_batches(cfg)
 
 
 def test_mistakes_are_named_before_training(pictures, tmp_path, capsys):

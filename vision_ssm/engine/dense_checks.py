@@ -11,6 +11,8 @@ from vision_ssm.data.check_dense import DenseReport, check_coco, check_segmentat
 
 from .dense import dense_task
 
+_UNEVEN = ("AspectRatioBatchSampler", "mmdet.AspectRatioBatchSampler")
+
 
 def _inner(dataset: dict) -> list[dict]:
     """The data sets inside of wrappers such as ``RepeatDataset`` and ``ConcatDataset``."""
@@ -61,6 +63,17 @@ def check_dense_data(cfg: Config, loaders: Sequence[str]) -> None:
             print_log(warning, logger="current", level=logging.WARNING)
 
 
+def check_batches(cfg: Config) -> None:
+    """Processes of one run must have as many batches each; `ValueError` where mmdet's sampler may leave one out."""
+    batches = (cfg.get("train_dataloader") or {}).get("batch_sampler") or {}
+    several = cfg.get("launcher", "none") != "none"
+    if several and batches.get("type") in _UNEVEN and batches.get("drop_last"):
+        raise ValueError(
+            f"train_dataloader.batch_sampler: {batches['type']} may drop a full batch in one process, and the others "
+            "wait for it: use type='vision_ssm.AspectRatioBatchSampler'"
+        )
+
+
 def check_dense(cfg: Config, loaders: Sequence[str], training: bool = False) -> None:
     """Check names, channels and data of a segmentation or detection config; other configs pass.
 
@@ -71,13 +84,16 @@ def check_dense(cfg: Config, loaders: Sequence[str], training: bool = False) -> 
 
     Raises:
         KeyError, TypeError, ValueError: a misspelt backbone, variant or keyword, or heads whose ``in_channels`` do not
-            fit; the message has the right ones. FileNotFoundError: there are no such pretrained weights.
+            fit; the message has the right ones; see also `check_batches`. FileNotFoundError: there are no such
+            pretrained weights.
         DenseDataError: see `check_dense_data`.
     """
     if dense_task(cfg) is None:
         return
     from vision_ssm.integrations.checks import check_config
 
+    if "train_dataloader" in loaders:
+        check_batches(cfg)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         check_config(cfg.to_dict(), training)
         check_dense_data(cfg, loaders)
