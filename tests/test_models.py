@@ -80,6 +80,17 @@ def test_function_transforms(name):
     torch.testing.assert_close(slope.detach(), product, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", [*MICRO, *vision_ssm.list_unets("*_micro")])
+def test_shapes_without_values(name):
+    """On the device "meta", forward and backward."""
+    with torch.device("meta"):
+        model, images = vision_ssm.create_model(name, num_classes=3), torch.zeros(2, 3, 64, 48)
+    output = model.eval()(images)
+    output.sum().backward()
+    assert output.is_meta and output.shape == ((2, 3) if name in MICRO else (2, 3, 64, 48))
+    assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["vmamba_micro", "vim_micro", "efficientvim_micro"])
 def test_recomputation_stands_aside_in_transforms(name):
     model = vision_ssm.create_model(name, num_classes=2).double().eval()

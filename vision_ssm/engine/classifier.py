@@ -11,6 +11,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from vision_ssm.backbones.base import Backbone
+from vision_ssm.ops.autocast import without_autocast
 from vision_ssm.registry import MODELS, check_keywords, suggest
 
 from .distillation import Distillation, check_distillation
@@ -187,7 +188,7 @@ class ImageClassifier(BaseModel):
         if mode == "loss":
             hard = label if label.ndim == 1 else label.argmax(1)
             top1 = (logits.detach().argmax(1) == hard).float().mean() * 100
-            with torch.autocast(image.device.type, enabled=False):
+            with without_autocast(image):
                 loss = self.loss(logits, label)
                 if self.distillation is not None:
                     loss = self.distillation(loss, outputs, teacher)

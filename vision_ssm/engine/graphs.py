@@ -11,6 +11,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from vision_ssm.ops.autocast import autocast_dtype
+
 from .checkpoint import preserved_rng
 
 WARM_UP = 3
@@ -98,7 +100,7 @@ def _record(module: nn.Module, image: Tensor) -> _Recording:
     _check_hooks(module)
     names, parameters = zip(*module.named_parameters(), strict=True)
     buffers = list(module.buffers())
-    device, dtype = image.device.type, _autocast_dtype(image)
+    device, dtype = image.device.type, autocast_dtype(image)
 
     # Autocast begins inside of what is recorded, so that it covers the forward pass alone, as in training without
     # graphs. Weights cast in one call must not be kept for another: its memory is no part of the recording.
@@ -198,13 +200,8 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _autocast_dtype(image: Tensor) -> torch.dtype | None:
-    device = image.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _signature(image: Tensor) -> tuple:
-    return image.shape, image.dtype, image.device, _autocast_dtype(image)
+    return image.shape, image.dtype, image.device, autocast_dtype(image)
 
 
 def _places(tensors: Iterable[Tensor]) -> list[tuple[int, bool]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vision_ssm.data.medical_volume import Volume
 from vision_ssm.factory import create_model
+from vision_ssm.ops.autocast import without_autocast
 from vision_ssm.registry import MODELS, check_keywords, suggest
 from vision_ssm.unets import load_encoder
 
@@ -193,7 +194,7 @@ class MedicalSegmentor(BaseModel):
             return scores
         if mask is None:
             raise ValueError("mode 'loss' needs the masks of the images")
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             scores = tuple(part.float() for part in scores) if isinstance(scores, tuple) else scores.float()
             losses = self.loss(scores, mask)
             first = scores[0] if isinstance(scores, tuple) else scores

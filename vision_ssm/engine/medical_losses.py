@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vision_ssm.ops.autocast import without_autocast
 from vision_ssm.registry import suggest
 
 KINDS = {"dice_ce": "ce", "dice_bce": "bce"}
@@ -106,7 +107,7 @@ class SegmentationLoss(nn.Module):
                 "weights: give one for each, or build the model with deep_supervision=False"
             )
         self._check(main, mask)
-        with torch.autocast(main.device.type, enabled=False):
+        with without_autocast(main):
             entropy, dice = self._parts(main.float(), mask)
             for weight, auxiliary in zip(self.deep_supervision, others, strict=False):
                 part_entropy, part_dice = self._parts(auxiliary.float(), _resized(mask, auxiliary))

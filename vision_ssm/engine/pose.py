@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vision_ssm.data import KeypointSet, TopDownTransform, UnreadableImageError, collate_poses, load_image
 from vision_ssm.data.top_down import apply_matrix
 from vision_ssm.factory import create_model
+from vision_ssm.ops.autocast import without_autocast
 from vision_ssm.registry import MODELS, suggest
 from vision_ssm.weights import CheckpointError, LoadReport, load_weights, read_checkpoint, unwrap
 
@@ -225,7 +226,7 @@ class TopDownPose(BaseModel):
                 f"{tuple(target.shape)}: keypoints must be the same in both, and the dataset's transform needs "
                 f"stride={self.stride}, or the model other deconv_channels"
             )
-        with torch.autocast(image.device.type, enabled=False):
+        with without_autocast(image):
             maps = maps.float()
             return {
                 "loss": heat_map_loss(maps, target, weight),

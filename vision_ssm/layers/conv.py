@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops.autocast import autocast_dtype
 from ..ops.depthwise_conv import depthwise_conv
 from ..ops.registration import is_transformed
 from .activation import get_activation
@@ -46,8 +47,8 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, H, W, dim), any float dtype. Returns the same shape, in the autocast dtype if there is one."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if (dtype := autocast_dtype(x)) is not None:
+            x = x.to(dtype)
         return self.act(depthwise_conv(x, self.weight, self.bias, activation=self.fused_act))
 
 
@@ -71,8 +72,8 @@ class CausalConv1d(nn.Conv1d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, T, dim), any float dtype. Returns the same shape, in the autocast dtype if there is one."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if (dtype := autocast_dtype(x)) is not None:
+            x = x.to(dtype)
         # half of a centred kernel: taps behind the token are 0
         weight = F.pad(self.weight.flip(-1) if self.reverse else self.weight, self._padding())
         return depthwise_conv(x.unsqueeze(1), weight.unsqueeze(2), self.bias, activation=self.fused_act).squeeze(1)

@@ -4,6 +4,7 @@ import torch
 from timm.layers import DropPath, convert_sync_batchnorm
 from torch import nn
 
+from ..ops.autocast import autocast_dtype
 from ..ops.layer_norm import layer_norm
 from ..registry import suggest
 from .watched import is_plain
@@ -45,7 +46,7 @@ def synchronize_batch_norms(model: nn.Module) -> nn.Module:
 
 def _result_dtype(x: torch.Tensor) -> torch.dtype:
     """dtype of a norm of `x`, as PyTorch's own norms have it."""
-    return torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return x.dtype if autocast_dtype(x) is None else torch.promote_types(x.dtype, torch.float32)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -108,9 +109,8 @@ def add_norm(
     Returns:
         s in the dtype of `x`, and the norm of it in the autocast dtype, if there is one, for the layers that follow.
     """
-    kind = x.device.type
-    out_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    out_dtype = out_dtype if x.dtype == torch.float32 else x.dtype
+    dtype = autocast_dtype(x)
+    out_dtype = x.dtype if dtype is None or x.dtype != torch.float32 else dtype
     if not is_plain(norm, LayerNorm, RMSNorm):
         if branch is not None:
             x = x + (branch if drop_path is None else drop_path(branch))

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import vision_ssm.kernels as kernels
 
+from .autocast import without_autocast
 from .backend import COMPOSED, select_backend, warn_of_slow_path
 
 _LIBRARY = torch.library.Library("vision_ssm", "FRAGMENT")
@@ -89,9 +90,10 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _runs_directly() -> bool:
-    """Whether nobody looks for operators: no compiler, no export, no tracing, no counter of FLOPs."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack())
+def _runs_directly(x: Tensor) -> bool:
+    """Whether `x` has values, and nobody looks for operators: no compiler, export, tracing or counter of FLOPs."""
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+    return not (watched or x.is_meta)
 
 
 def register_operator(
@@ -132,7 +134,7 @@ def register_operator(
         return results[0] if len(results) == 1 else tuple(results)
 
     def run_in_pytorch(function: Callable[..., Any], *inputs: Any) -> Any:
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with without_autocast(inputs[0]):
             return complete(function(*inputs), inputs)
 
     def run(*inputs: Any) -> Any:
@@ -149,7 +151,7 @@ def register_operator(
         if not hasattr(chosen, "empty_saved"):
             everything = (*everything[: len(returns)], *inputs)
         if chosen is chunked:
-            with torch.autocast(inputs[0].device.type, enabled=False):
+            with without_autocast(inputs[0]):
                 gradients = chosen.backward(*everything)
         else:
             gradients = chosen.backward(*everything)
@@ -206,7 +208,7 @@ def register_operator(
             inputs[0].new_empty(0, dtype=dtype) if gradient is None else gradient
             for gradient, dtype in zip(gradients, ctx.dtypes)
         ]
-        direct = _runs_directly() and not torch.is_grad_enabled()  # else a second derivative is asked for
+        direct = _runs_directly(inputs[0]) and not torch.is_grad_enabled()  # else a second derivative is asked for
         results = iter((run_backward if direct else backward)(*given, *kept, *inputs))
         return tuple(next(results) if _takes_gradient(value) else None for value in inputs)
 
@@ -230,7 +232,7 @@ def register_operator(
             reason = "torch.func and forward-mode differentiation see through PyTorch's own operators alone"
             warn_of_slow_path(inputs[0], name, "plain PyTorch path", reason)
             return run_in_pytorch(OPERATORS[name], *inputs)
-        if not _runs_directly():
+        if not _runs_directly(inputs[0]):
             return forward(*inputs)
         return Direct.apply(*inputs) if wants_gradient(*inputs) else run(*inputs)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..ops.autocast import without_autocast
 from ..ops.checks import check_map
 from ..ops.plstm import plstm2d
 from ..registry import SCANS, suggest
@@ -140,7 +141,7 @@ class PLSTMScan(nn.Module):
 
     def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """x: (B, X, Y, C). Returns the gates of `plstm2d` by name, in float32 at least."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             given = self._linear(x.to(torch.promote_types(x.dtype, torch.float32)))
             count = _TRANSITIONS[self.mode]
             transitions = self._by_orientation(torch.tanh(5 * given[..., :count, :])).unsqueeze(-1).unbind(3)
