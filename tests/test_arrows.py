@@ -24,6 +24,7 @@ from vision_ssm.data.prepare import main as prepare
 from vision_ssm.data.writing import PrepareError
 from vision_ssm.engine import ParameterGroups, Runner, commands
 from vision_ssm.engine.config import check_option
+from vision_ssm.engine.predict import Predictor
 from vision_ssm.engine.predict_command import predict
 from vision_ssm.factory import find_family
 from vision_ssm.registry import DATASETS
@@ -436,6 +437,9 @@ def test_predicted_pictures_keep_their_size(run, tmp_path, capsys):
         predict(arguments)
     assert "give --size 384 384" in capsys.readouterr().err
     assert predict([*arguments, "--size", "384"]) == 0
+    name = Config.fromfile(arguments[0]).model.backbone.name
+    if not name.startswith("timm:"):
+        assert Predictor.from_weights(name, arguments[1]).only_size == (192, 192)
 
 
 def test_run_that_is_resumed_equals_an_unbroken_one(run, tmp_path):

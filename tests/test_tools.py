@@ -270,6 +270,7 @@ def test_weights_of_a_run_come_with_its_transform(trained, data, tmp_path):
     checkpoint = {"meta": {"cfg": "import os\nval_dataloader = dict(dataset=dict(transform=dict(crop_pct=open('x'))))\n"}}
     assert stored_transform(checkpoint) == {} and stored_transform({"meta": {"cfg": "a = ("}}) == {}
     checkpoint["meta"]["cfg"] += "test_cfg = dict(also=dict({'384': dict(a=1)}, b=2))\n"  # as mmengine writes such keys
+    checkpoint["meta"]["cfg"] += "odd = dict(5)\nodder = {[1]: 2}\nfirst, second = 1, 2\n"  # no data, passed over
     checkpoint["meta"]["cfg"] += "test_dataloader = dict(dataset=dict(transform=dict(input_size=192)))\n"
     assert stored_transform(checkpoint) == dict(input_size=192)
     assert stored_config(checkpoint)["test_cfg"] == dict(also={"384": dict(a=1), "b": 2})

@@ -128,10 +128,12 @@ def read_checkpoint(file: str | os.PathLike) -> Any:
     """
     path = Path(file)
     if not path.is_file():
-        folder, what = (path, "folder: name a file in it") if path.is_dir() else (path.parent, "")
+        folder, what = path.parent, f"no checkpoint file {path}"
+        if path.is_dir():
+            folder, what = path, f"{path} is a folder: name a file in it"
         near = [other.name for other in folder.glob("*") if other.suffix in (".pth", ".pt", ".safetensors", ".bin")]
         listing = f" Checkpoints in that folder: {_preview(sorted(near))}." if near else ""
-        raise FileNotFoundError(f"{path} is a {what}.{listing}" if what else f"no checkpoint file {path}.{listing}")
+        raise FileNotFoundError(f"{what}.{listing}")
     with path.open("rb") as opened:
         head = opened.read(512)
     if not head:
@@ -296,7 +298,7 @@ def _fits(model: ModelFamily, tensors: Mapping[str, torch.Tensor], wanted: Colle
         return False
 
 
-def is_position_table(key: str, value: torch.Tensor) -> bool:
+def _is_position_table(key: str, value: torch.Tensor) -> bool:
     """Whether a tensor of a state dict has an embedding for every cell of a grid, (1, C, H, W)."""
     return key.endswith("pos_embed.table") and value.ndim == 4
 
@@ -304,7 +306,7 @@ def is_position_table(key: str, value: torch.Tensor) -> bool:
 def _shapes(tensors: Mapping[str, torch.Tensor], prefixes: str | tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes by name; of position tables without the grid, which is resampled."""
     return {
-        key: tuple(value.shape[:2] if is_position_table(key, value) else value.shape)
+        key: tuple(value.shape[:2] if _is_position_table(key, value) else value.shape)
         for key, value in tensors.items()
         if key.startswith(prefixes)
     }
@@ -367,7 +369,7 @@ def load_state_dict(
                 report.unexpected.append(key)
             continue
         target = wanted[key]
-        if is_position_table(key, value) and value.shape[:2] == target.shape[:2]:
+        if _is_position_table(key, value) and value.shape[:2] == target.shape[:2]:
             if value.shape != target.shape:
                 report.resampled.append((key, tuple(value.shape[2:]), tuple(target.shape[2:])))
             value = resample_position_table(value, *target.shape[2:])

@@ -146,8 +146,8 @@ class Backbone(TimmContract):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def _check_images(self, x: torch.Tensor) -> None:
-        self.check_images(x, self.in_chans)
+    def check_images(self, x: torch.Tensor) -> None:
+        super().check_images(x)
         if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
             raise ValueError(
                 f"images must be at least {MIN_IMAGE_SIZE} x {MIN_IMAGE_SIZE} pixels, got {x.shape[2]} x {x.shape[3]};"
@@ -156,7 +156,7 @@ class Backbone(TimmContract):
 
     def forward_stages(self, x: torch.Tensor, last: int | None = None) -> list[torch.Tensor]:
         """Raw output of each stage up to number `last`, finest first, each (B, H', W', C)."""
-        self._check_images(x)
+        self.check_images(x)
         x = self.stem(x)
         if self.pos_embed is not None:
             x = self.pos_embed(x)

@@ -218,7 +218,7 @@ class EfficientViM(Backbone):
 
     def _run_stages(self, x: torch.Tensor, last: int | None = None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Maps and hidden states of the stages up to number `last`; none of the latter with another strategy."""
-        self._check_images(x)
+        self.check_images(x)
         x, maps, states = self.stem(x), [], []
         for stage in self.stages[: None if last is None else last + 1]:
             x, hidden = stage(x)

@@ -83,6 +83,7 @@ class ModelFamily(nn.Module):
     Attributes:
         variant: name this model was created under.
         num_classes: outputs of the classifier.
+        in_chans: channels of the images.
         pretrained_cfg: what is known of the variant's images and published weights.
         overrides: keywords that this model was built with in place of the variant's.
     """
@@ -112,6 +113,7 @@ class ModelFamily(nn.Module):
 
     variant: str | None
     num_classes: int
+    in_chans: int
     pretrained_cfg: dict[str, Any]
     overrides: dict[str, Any]
     features_only: bool = False
@@ -156,14 +158,19 @@ class ModelFamily(nn.Module):
         self.variant = name
         self.pretrained_cfg = {**self.common_cfg, **self.published.get(name, {})}
 
-    def check_images(self, x: torch.Tensor, *channels: int) -> None:
-        """`x` is floating-point and (B, C, H, W), with C one of `channels`.
+    @property
+    def image_channels(self) -> tuple[int, ...]:
+        """Numbers of channels that images may have."""
+        return (self.in_chans,)
+
+    def check_images(self, x: torch.Tensor) -> None:
+        """`x` is floating-point and (B, C, H, W), with C one of `image_channels`.
 
         Raises:
             TypeError: another dtype.
             ValueError: another shape, or no pixels.
         """
-        name = self.variant or type(self).__name__
+        name, channels = self.variant or type(self).__name__, self.image_channels
         if x.ndim != 4 or x.shape[1] not in channels or 0 in x.shape[2:]:
             hint = "create the model with in_chans=... for another number of channels"
             if x.ndim == 4 and x.shape[1] in channels:

@@ -242,7 +242,7 @@ class HRVMamba(Backbone):
         return dict(zip(self.built_maps(), maps, strict=True))
 
     def _branches(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self._check_images(x)
+        self.check_images(x)
         maps = [self.stages[0](self.stem(x))]
         for stage in self.stages[1:]:
             maps = stage(maps)

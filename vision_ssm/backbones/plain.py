@@ -177,7 +177,7 @@ class PlainBackbone(Backbone):
     def embed(self, x: torch.Tensor) -> tuple[torch.Tensor, TokenLayout | None, tuple[int, int]]:
         """x: images. Returns the stream that enters the first block, the layout of its tokens (None if it is a map),
         and the size of the grid."""
-        self._check_images(x)
+        self.check_images(x)
         x = self.stem(x)
         size = (x.shape[1], x.shape[2])
         if self.pos_embed is not None:

@@ -144,10 +144,10 @@ class RepeatedAugmentSampler(EpochSampler):
 
 @DATA_SAMPLERS.register_module()
 class AspectRatioBatchSampler(BatchSampler):
-    """Batches of images that are all wider than high or all not, as far as they go round.
+    """Batches of images that are all higher than wide or all not, but for what is left at the end of an epoch.
 
-    Every process has as many batches as its number of images says, which mmdet's sampler of that name does not see to:
-    it drops one, full batch, if ``drop_last`` and nothing else is left at the end, and the other processes wait for it.
+    Every process has as many batches as its number of images says. With mmdet's sampler of that name it may not: where
+    the images left at the end fill a batch, ``drop_last`` drops it, and other processes wait for it.
 
     Args:
         sampler: of a dataset with ``get_data_info(index)``, whose ``width`` and ``height`` count.

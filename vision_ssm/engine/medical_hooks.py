@@ -43,8 +43,8 @@ class FreezeEncoderHook(Hook):
             raise ValueError("FreezeEncoderHook counts epochs, and this run counts iterations: set train_cfg.by_epoch")
         if not hasattr(getattr(runner.bare_model, "unet", None), "encoder"):
             raise ValueError(f"FreezeEncoderHook needs a U-Net with an encoder; the model is {runner.model_name}")
-        copies = runner.distributed and not runner.cfg.get("fsdp")
-        if copies and not runner.cfg.get("find_unused_parameters", False):
+        ddp = runner.distributed and not runner.cfg.get("fsdp")
+        if ddp and not runner.cfg.get("find_unused_parameters", False):
             raise ValueError("with several processes a frozen encoder needs find_unused_parameters=True in the config")
 
     def before_train_epoch(self, runner: Runner) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ def stored_config(checkpoint: Any) -> dict[str, Any]:
     except SyntaxError:
         return {}
     for node in statements:
-        with suppress(ValueError, AttributeError):
+        with suppress(ValueError, TypeError, AttributeError):  # no data, or no name
             parts[node.targets[0].id] = _literal(node.value)  # type: ignore[attr-defined]
     return parts
 
@@ -83,11 +84,17 @@ def stored_keywords(checkpoint: Any, name: str) -> dict[str, Any]:
     return {}
 
 
+def stored_dataset(checkpoint: Any) -> dict[str, Any]:
+    """Config of the data set on which the run of a checkpoint evaluated; nothing for other files."""
+    parts = stored_config(checkpoint)
+    loader = parts.get("test_dataloader") or parts.get("val_dataloader")
+    dataset = loader.get("dataset") if isinstance(loader, dict) else None
+    return dataset if isinstance(dataset, dict) else {}
+
+
 def stored_transform(checkpoint: Any) -> dict[str, Any]:
     """Keywords of `build_transform` with which the run of a checkpoint evaluated; none for other files."""
-    parts = stored_config(checkpoint)
-    loader = parts.get("test_dataloader") or parts.get("val_dataloader") or {}
-    transform = loader.get("dataset", {}).get("transform")
+    transform = stored_dataset(checkpoint).get("transform")
     return dict(transform) if isinstance(transform, dict) else {}
 
 
@@ -190,11 +197,7 @@ class Predictor:
             settings["input_size"] = tuple(size)
         transform = build_transform(**settings)
         classes = class_names(read_checkpoint(checkpoint), classifier.num_classes)
-        predictor = cls(classifier.backbone, transform, channels, classes, device)
-        if getattr(DATASETS.get(dataset.type), "keeps_size", False):
-            side = settings["input_size"]
-            predictor.only_size = (side, side) if isinstance(side, int) else tuple(side)
-        return predictor
+        return cls(classifier.backbone, transform, channels, classes, device)._for_images_of(dataset)
 
     @classmethod
     def from_weights(
@@ -213,7 +216,16 @@ class Predictor:
         if size is not None:
             settings["input_size"] = tuple(size)
         classes = class_names(checkpoint, model.num_classes)
-        return cls(model, build_transform(**settings), model.in_chans, classes, device)
+        predictor = cls(model, build_transform(**settings), model.in_chans, classes, device)
+        return predictor._for_images_of(stored_dataset(checkpoint))
+
+    def _for_images_of(self, dataset: Mapping[str, Any]) -> "Predictor":
+        """Take images of the size that the model sees alone, where they are not to be resized."""
+        kind = dataset.get("type")
+        if isinstance(kind, str) and getattr(DATASETS.get(kind), "keeps_size", False):
+            blank = Image.new("L" if self.channels == 1 else "RGB", (8, 8))
+            self.only_size = tuple(self.transform(blank).shape[1:])
+        return self
 
     @torch.inference_mode()
     def __call__(

@@ -381,7 +381,7 @@ class Runner(mmengine.runner.Runner):
             optimizer = split_optimizer_state(optimizer, self.optim_wrapper.optimizer)
         self.optim_wrapper.load_state_dict(optimizer)
         saved = checkpoint.get("param_schedulers", [])
-        lengths = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
+        own = [scheduler.state_dict() for scheduler in self.param_schedulers or []]
         for scheduler, state in zip(self.param_schedulers or [], saved, strict=not differences):
             scheduler.load_state_dict(state)
         unpack_messages(self.message_hub, checkpoint["message_hub"])
@@ -393,8 +393,8 @@ class Runner(mmengine.runner.Runner):
             position["batch"] = seen // (batch_size(self.train_dataloader) * self.world_size)
             if isinstance(self.train_loop, EpochTrainLoop):
                 position["iter"] = position["epoch"] * len(self.train_dataloader) + position["batch"]
-                for scheduler, own in zip(self.param_schedulers or [], lengths):
-                    _continue_schedule(scheduler, own, position["iter"])
+                for scheduler, state in zip(self.param_schedulers or [], own):
+                    _continue_schedule(scheduler, state, position["iter"])
         if isinstance(self.train_loop, ExactLoop):
             self.train_loop.restore(position, rng)
         else:

@@ -77,7 +77,7 @@ def check_sharding(cfg: Any, distributed: bool) -> None:
 
 
 def _name(kind: Any) -> str:
-    """Name of a class that a config gives, or names with or without its scope."""
+    """Name, without a scope, of what a config gives as a class or by its name."""
     return getattr(kind, "__name__", str(kind)).rpartition(".")[2]
 
 

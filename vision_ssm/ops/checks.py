@@ -1,4 +1,4 @@
-"""Checks of operator arguments, made before anything is dispatched."""
+"""Checks of what operators and scans are given, made before anything is computed."""
 
 import torch
 from torch import Tensor

@@ -145,16 +145,19 @@ class UNet(ModelFamily):
             outputs.append(x)
         return outputs
 
+    @property
+    def image_channels(self) -> tuple[int, ...]:
+        return (3, 1) if self.in_chans == 3 else (self.in_chans,)
+
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
         """x: images as `forward` takes them. Returns them with all channels and padded, (B, in_chans, H', W').
 
         Raises:
             TypeError: not floating-point. ValueError: another shape.
         """
-        repeat = self.in_chans == 3 and x.ndim == 4 and x.shape[1] == 1
-        self.check_images(x, *((3, 1) if self.in_chans == 3 else (self.in_chans,)))
-        if repeat:
-            x = x.expand(-1, 3, -1, -1)
+        self.check_images(x)
+        if x.shape[1] != self.in_chans:
+            x = x.expand(-1, self.in_chans, -1, -1)
         step = self.size_divisor
         bottom, right = ((side + step - 1) // step * step - side for side in x.shape[2:])
         if bottom or right:
